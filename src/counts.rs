@@ -1,0 +1,63 @@
+//! What became of every row of a batch.
+
+use serde::{Deserialize, Serialize};
+
+/// Outcomes of one batch, in rows after arrays were split.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Rows taken from the source.
+    pub consumed: u64,
+    /// Rows written to the main table.
+    pub written: u64,
+    /// Rows whose key was seen before.
+    pub duplicate: u64,
+    /// Late rows written to the late table.
+    pub late_side: u64,
+    /// Late rows dropped because the job says so.
+    pub late_dropped: u64,
+    /// Rows refused and written to the dead-letter table.
+    pub dead_letter: u64,
+    /// Rows refused whose place already stands in the dead-letter table.
+    pub dead_letter_known: u64,
+    /// Rows that the job's `where` filters out.
+    pub filtered: u64,
+    /// Rows outside a backfill's time range.
+    pub outside_range: u64,
+    /// Rows behind the watermark by more than the allowed lateness. A mark, not an outcome: with `late = "keep"`
+    /// such a row is also written or a duplicate.
+    #[serde(default)]
+    pub late: u64,
+}
+
+impl Counts {
+    /// Sum of all outcomes; equals `consumed` or a row was lost.
+    pub fn outcomes(&self) -> u64 {
+        self.written
+            + self.duplicate
+            + self.late_side
+            + self.late_dropped
+            + self.dead_letter
+            + self.dead_letter_known
+            + self.filtered
+            + self.outside_range
+    }
+
+    /// Whether every consumed row has exactly one outcome (promise "whole" of the design).
+    pub fn conserved(&self) -> bool {
+        self.consumed == self.outcomes()
+    }
+
+    /// Adds another batch's counts.
+    pub fn add(&mut self, other: &Counts) {
+        self.consumed += other.consumed;
+        self.written += other.written;
+        self.duplicate += other.duplicate;
+        self.late_side += other.late_side;
+        self.late_dropped += other.late_dropped;
+        self.dead_letter += other.dead_letter;
+        self.dead_letter_known += other.dead_letter_known;
+        self.filtered += other.filtered;
+        self.outside_range += other.outside_range;
+        self.late += other.late;
+    }
+}

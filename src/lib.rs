@@ -1,0 +1,23 @@
+//! tidemill: Kafka topics full of repeats become Iceberg tables where each event stands once.
+//!
+//! Flow: [`source`] -> [`decode`] -> [`dedup`] -> [`sink`] -> [`commit`], driven by the one loop in `pipeline`.
+//! Shared words ([`offset`], [`event_time`], [`fingerprint`], [`record`], [`letter`], [`counts`], [`stop`],
+//! [`job`]) import no stage, and no stage imports another.
+
+#![deny(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod commit;
+pub mod counts;
+pub mod decode;
+pub mod dedup;
+pub mod event_time;
+pub mod fingerprint;
+pub mod generate;
+pub mod job;
+pub mod letter;
+pub mod offset;
+pub mod record;
+pub mod sink;
+pub mod source;
+pub mod stop;
