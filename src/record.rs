@@ -103,6 +103,11 @@ impl RecordChunk {
         self.headers.clear();
     }
 
+    /// The record at `index` in the order they were pushed. `index` is less than [`RecordChunk::len`].
+    pub fn get(&self, index: usize) -> Record<'_> {
+        Record { chunk: self, head: &self.heads[index] }
+    }
+
     /// The records in the order they were pushed.
     pub fn iter(&self) -> impl Iterator<Item = Record<'_>> {
         self.heads.iter().map(move |head| Record { chunk: self, head })
