@@ -352,11 +352,11 @@ impl RowOrigin {
         self.payload_start as usize..self.payload_end as usize
     }
 
-    /// The origin of `text`, which is part of `payload`.
-    fn of(record: u32, payload: &[u8], text: &str) -> Self {
-        let start = text.as_ptr().addr() - payload.as_ptr().addr();
+    /// The origin of a row whose bytes are a part of `payload`.
+    fn of(record: u32, payload: &[u8], bytes: &[u8]) -> Self {
+        let start = bytes.as_ptr().addr() - payload.as_ptr().addr();
         let position = |byte: usize| u32::try_from(byte).expect("a payload has fewer than 2^31 bytes");
-        Self { record, payload_start: position(start), payload_end: position(start + text.len()) }
+        Self { record, payload_start: position(start), payload_end: position(start + bytes.len()) }
     }
 }
 
@@ -543,7 +543,7 @@ impl<'a> Pass<'_, 'a> {
                 self.rows.places.push(Place { slot: record.slot(), offset: record.offset(), row_index });
                 self.rows.timestamps_ms.push(record.timestamp_ms());
                 self.rows.event_times.push(event_time);
-                self.rows.origins.push(RowOrigin::of(index, payload, text));
+                self.rows.origins.push(RowOrigin::of(index, payload, bytes));
             }
             Err(fault) => self.rows.letters.push(letter(record, row_index, Some(bytes), bytes.len(), fault)),
         }

@@ -41,7 +41,6 @@ pub(super) struct Walk<'w, 'a> {
 }
 
 impl<'w, 'a> Walk<'w, 'a> {
-    #[expect(clippy::too_many_arguments, reason = "each is a part of the decoder, borrowed for one row")]
     pub(super) fn new(
         tree: &'w mut Tree,
         columns: &'w [ColumnPlan],
