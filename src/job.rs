@@ -22,8 +22,15 @@ pub const WATERMARK_DELAY_DEFAULT: Duration = Duration::from_secs(10 * 60);
 pub const AHEAD_MAX_DEFAULT: Duration = Duration::from_secs(60 * 60);
 /// A topic partition this far behind the leader in event time, read to its end, no longer holds the watermark.
 pub const IDLE_AFTER_DEFAULT: Duration = Duration::from_secs(10 * 60);
+/// How far behind its watermark a row is not yet late. Lateness is only counted (`late = "keep"`), so none is allowed
+/// unless the job says so.
+pub const ALLOWED_LATENESS_DEFAULT: Duration = Duration::ZERO;
 /// How long a key is remembered.
 pub const WINDOW_DEFAULT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// Number of shards: enough for every core of a large machine, and few enough that each is worth a read.
+pub const SHARDS_DEFAULT: u32 = 256;
+/// Most shards: the directory of a segment lists each of them.
+pub const SHARDS_MAX: u32 = 4096;
 /// Most records of a microbatch.
 pub const RECORDS_MAX_DEFAULT: u64 = 4_000_000;
 /// Most payload of a microbatch.
@@ -35,6 +42,15 @@ pub const DEAD_LETTER_RATIO_MAX_DEFAULT: f64 = 0.05;
 /// A batch smaller than this never trips the brake: one bad record of ten says little.
 pub const BRAKE_RECORDS_MIN: u64 = 1_000;
 
+/// Folder of lock and dedup state unless the job says otherwise.
+pub const STATE_DIR_DEFAULT: &str = "./state";
+/// Catalog of a job that names none: a SQLite file next to its tables.
+pub const CATALOG_URI_DEFAULT: &str = "sqlite:./warehouse/catalog.db";
+/// Warehouse of a SQL catalog that names none.
+pub const WAREHOUSE_DEFAULT: &str = "./warehouse";
+/// What the dead-letter table adds to the main table's name unless it is named.
+pub const DEAD_LETTERS_SUFFIX: &str = "_dead_letters";
+
 /// Everything a run is asked to do.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -42,7 +58,8 @@ pub struct Job {
     pub name: String,
     /// Hard limit of the process, in bytes.
     pub memory_bytes: u64,
-    /// Folder of lock and dedup state. Disposable: rebuilt from the tables.
+    /// Folder of lock and dedup state. Disposable: rebuilt from the tables. A relative path starts at the current
+    /// working directory of the process, not at the job file.
     pub state_dir: PathBuf,
     /// Where records come from.
     pub source: KafkaSource,
@@ -91,7 +108,7 @@ pub enum Setting {
     Plain(String),
     /// `env:NAME`.
     Env(String),
-    /// `file:PATH`; a trailing newline is cut.
+    /// `file:PATH`; a trailing newline is cut. A relative path starts at the current working directory.
     File(PathBuf),
 }
 
@@ -257,9 +274,10 @@ pub struct PartitionField {
 pub struct CatalogConfig {
     /// Kind of catalog.
     pub kind: CatalogKind,
-    /// Address: `sqlite:PATH` for sql, `http(s)://` for rest.
+    /// Address: `sqlite:PATH` for sql, `http(s)://` for rest. A relative path starts at the current working directory.
     pub uri: String,
-    /// Where tables live: a folder, `file://` or `s3://`.
+    /// Where tables live. sql: a folder (a relative one starts at the current working directory), `file://` or
+    /// `s3://`. rest: a name or location as the catalog understands it; empty = the catalog's own default.
     pub warehouse: String,
     /// Other properties, under the names of the Iceberg REST specification and pyiceberg (`credential`, `token`,
     /// `scope`, `s3.endpoint`, `s3.region`, ...).

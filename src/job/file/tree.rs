@@ -1,0 +1,419 @@
+//! A job file as a tree of values, each with its place.
+//!
+//! Flow: text -> `toml_edit` -> [`Entry`] tree -> every `--set` laid over it -> `${NAME}` filled in. Filling in comes
+//! last, so a variable that only an overridden value named need not be set.
+//!
+//! Bounds: a file of [`JOB_FILE_BYTES_MAX`] bytes; `toml_edit` refuses values nested deeper than 80, so the
+//! recursion here is bounded too.
+
+use std::ops::Range;
+
+use toml_edit::{Document, Item, TableLike};
+
+use super::problem::{Place, Problem, Sources, quoted};
+use super::words::is_variable_name;
+
+/// Largest job file that is read, in bytes.
+pub(super) const JOB_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Reads an environment variable.
+pub(super) type Environment<'e> = &'e dyn Fn(&str) -> Option<String>;
+
+/// A name and its value in a table, in the order of the file.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub name: String,
+    pub name_place: Place,
+    pub node: Node,
+}
+
+/// A value and its place.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub place: Place,
+    pub value: Value,
+}
+
+/// What TOML can say.
+#[derive(Debug)]
+pub(super) enum Value {
+    Text(Text),
+    Integer(i64),
+    Float(f64),
+    Boolean(bool),
+    Time(toml_edit::Datetime),
+    List(Vec<Node>),
+    Table(Vec<Entry>),
+    /// A value whose problem is reported already.
+    Broken,
+}
+
+/// A string after `${NAME}` was filled in.
+#[derive(Debug)]
+pub(super) struct Text {
+    pub text: String,
+    /// The variable's name if the whole string was `${NAME}`.
+    pub whole_variable: Option<String>,
+    /// Whether any part came from the environment or a default.
+    pub interpolated: bool,
+}
+
+/// The tree of a job and the texts it came from.
+#[derive(Debug)]
+pub(super) struct Tree {
+    pub sources: Sources,
+    pub root: Vec<Entry>,
+}
+
+/// Reads the file's text, lays `--set` over it and fills in variables.
+///
+/// All problems but TOML syntax are gathered; a syntax error is alone, since nothing after it can be trusted.
+pub(super) fn plant(
+    label: &str,
+    text: &str,
+    sets: &[(String, String)],
+    env: Environment<'_>,
+    problems: &mut Vec<Problem>,
+) -> Option<Tree> {
+    let document = match Document::parse(text) {
+        Ok(document) => document,
+        Err(error) => {
+            problems.push(syntax_problem(label, text, &error));
+            return None;
+        }
+    };
+    let mut root = entries_of(document.as_table(), &(0..0));
+    let mut sources = Sources::default();
+    let mut secrets = Vec::new();
+    gather_secrets(&root, false, &mut secrets);
+    sources.add_file(label, text, &secrets);
+    for (key, value) in sets {
+        let source = sources.add_set(key);
+        lay_over(&mut root, source, key, value, &sources, problems);
+    }
+    for entry in &mut root {
+        let path = path_part(&entry.name);
+        fill_in(&mut entry.node, &path, env, &sources, problems);
+    }
+    Some(Tree { sources, root })
+}
+
+fn syntax_problem(label: &str, text: &str, error: &toml_edit::TomlError) -> Problem {
+    let mut sources = Sources::default();
+    sources.add_file(label, text, &secret_looking_lines(text));
+    let span = error.span().unwrap_or(0..0);
+    let place = Place { source: 0, span };
+    let message = error.message().replace('\n', ", ");
+    sources.problem(&place, "", format!("not TOML: {message}")).hinting(
+        "strings stand in double quotes; names with dots too: \"bootstrap.servers\" = \"...\"",
+    )
+}
+
+/// A file that does not parse can not be masked value by value, so whole right-hand sides go.
+fn secret_looking_lines(text: &str) -> Vec<Range<usize>> {
+    let mut hidden = Vec::new();
+    let mut line_start = 0;
+    let mut in_secret_block = false;
+    for line in text.split_inclusive('\n') {
+        let looks_secret = looks_secret(line) || line.contains("-----BEGIN");
+        let value_at = if in_secret_block { Some(0) } else { line.find('=').map(|at| at + 1) };
+        if looks_secret || in_secret_block {
+            hidden.push(line_start + value_at.unwrap_or(0)..line_start + line.len());
+        }
+        let toggles = (line.matches("\"\"\"").count() + line.matches("'''").count()) % 2 == 1;
+        in_secret_block = if in_secret_block { !toggles } else { looks_secret && toggles };
+        line_start += line.len();
+    }
+    hidden
+}
+
+/// Whether a name, or a line that holds it, speaks of a secret. Wider than the list of properties that must be
+/// references: it decides only what excerpts hide.
+pub(super) fn looks_secret(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["password", "passphrase", "secret", "token", "credential", "authorization", "key.pem", "private", "api-key"]
+        .iter()
+        .any(|word| name.contains(word))
+        || name.contains("oauthbearer.config")
+        || name.contains("sse.key")
+}
+
+/// Whether an address carries `user:password@`.
+pub(super) fn has_user_info(text: &str) -> bool {
+    text.split_once("://").is_some_and(|(_, rest)| rest.split(['/', '?', '#']).next().unwrap_or("").contains('@'))
+}
+
+fn gather_secrets(entries: &[Entry], inside_secret: bool, secrets: &mut Vec<Range<usize>>) {
+    for entry in entries {
+        gather_node_secrets(&entry.node, inside_secret || looks_secret(&entry.name), secrets);
+    }
+}
+
+fn gather_node_secrets(node: &Node, secret: bool, secrets: &mut Vec<Range<usize>>) {
+    match &node.value {
+        Value::Text(text) => {
+            // a reference is safe to show, and showing it helps
+            let reference = ["env:", "file:", "${"].iter().any(|start| text.text.starts_with(start));
+            if (secret && !reference) || has_user_info(&text.text) {
+                secrets.push(node.place.span.clone());
+            }
+        }
+        Value::List(nodes) => nodes.iter().for_each(|node| gather_node_secrets(node, secret, secrets)),
+        Value::Table(entries) => gather_secrets(entries, secret, secrets),
+        Value::Integer(_) | Value::Float(_) if secret => secrets.push(node.place.span.clone()),
+        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Time(_) | Value::Broken => {}
+    }
+}
+
+fn entries_of(table: &dyn TableLike, parent: &Range<usize>) -> Vec<Entry> {
+    let entry_of = |(name, item): (&str, &Item)| {
+        let name_span = table.key(name).and_then(|key| key.span()).unwrap_or_else(|| parent.clone());
+        Entry {
+            name: name.to_owned(),
+            node: node_of(item, &name_span),
+            name_place: Place { source: 0, span: name_span },
+        }
+    };
+    table.iter().map(entry_of).collect()
+}
+
+fn node_of(item: &Item, parent: &Range<usize>) -> Node {
+    let span = item.span().unwrap_or_else(|| parent.clone());
+    let value = match item {
+        Item::None => Value::Broken,
+        Item::Value(value) => return value_node(value, &span),
+        Item::Table(table) => Value::Table(entries_of(table, &span)),
+        Item::ArrayOfTables(tables) => Value::List(
+            tables
+                .iter()
+                .map(|table| {
+                    let span = table.span().unwrap_or_else(|| span.clone());
+                    Node { value: Value::Table(entries_of(table, &span)), place: Place { source: 0, span } }
+                })
+                .collect(),
+        ),
+    };
+    Node { place: Place { source: 0, span }, value }
+}
+
+fn value_node(value: &toml_edit::Value, parent: &Range<usize>) -> Node {
+    let span = value.span().unwrap_or_else(|| parent.clone());
+    let value = match value {
+        toml_edit::Value::String(text) => Value::Text(Text::plain(text.value())),
+        toml_edit::Value::Integer(number) => Value::Integer(*number.value()),
+        toml_edit::Value::Float(number) => Value::Float(*number.value()),
+        toml_edit::Value::Boolean(flag) => Value::Boolean(*flag.value()),
+        toml_edit::Value::Datetime(time) => Value::Time(*time.value()),
+        toml_edit::Value::Array(array) => {
+            Value::List(array.iter().map(|value| value_node(value, &span)).collect())
+        }
+        toml_edit::Value::InlineTable(table) => Value::Table(entries_of(table, &span)),
+    };
+    Node { place: Place { source: 0, span }, value }
+}
+
+impl Text {
+    fn plain(text: &str) -> Self {
+        Self { text: text.to_owned(), whole_variable: None, interpolated: false }
+    }
+}
+
+impl Node {
+    /// Says that the whole subtree came from one `--set`.
+    fn move_to(&mut self, place: &Place) {
+        self.place = place.clone();
+        match &mut self.value {
+            Value::List(nodes) => nodes.iter_mut().for_each(|node| node.move_to(place)),
+            Value::Table(entries) => {
+                for entry in entries {
+                    entry.name_place = place.clone();
+                    entry.node.move_to(place);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Lays one `--set` over the tree: the value replaces what stands there, tables on the way are made.
+fn lay_over(
+    root: &mut Vec<Entry>,
+    source: usize,
+    key: &str,
+    value: &str,
+    sources: &Sources,
+    problems: &mut Vec<Problem>,
+) {
+    let place = Place { source, span: 0..0 };
+    let path: Vec<String> = match toml_edit::Key::parse(key) {
+        Ok(path) if !path.is_empty() => path.iter().map(|part| part.get().to_owned()).collect(),
+        _ => {
+            let problem = sources.problem(&place, "", "not a name that can be set".to_owned());
+            problems.push(problem.expecting("--set key=value with a dotted key").hinting(
+                "quote the parts that hold dots: --set 'source.kafka.properties.\"bootstrap.servers\"=host:9092'",
+            ));
+            return;
+        }
+    };
+    // what is not TOML is a bare word: `memory=512 MiB` needs no quotes inside quotes
+    let mut node = match value.trim().parse::<toml_edit::Value>() {
+        Ok(value) => value_node(&value, &(0..0)),
+        Err(_) => Node { place: place.clone(), value: Value::Text(Text::plain(value)) },
+    };
+    node.move_to(&place);
+    put(root, &path, &place, node);
+}
+
+fn put(entries: &mut Vec<Entry>, path: &[String], place: &Place, node: Node) {
+    let Some((name, rest)) = path.split_first() else { return };
+    let index = entries.iter().position(|entry| entry.name == *name).unwrap_or_else(|| {
+        let empty = Node { place: place.clone(), value: Value::Table(Vec::new()) };
+        entries.push(Entry { name: name.clone(), name_place: place.clone(), node: empty });
+        entries.len() - 1
+    });
+    let entry = &mut entries[index];
+    if rest.is_empty() {
+        entry.name_place = place.clone();
+        entry.node = node;
+        return;
+    }
+    if !matches!(entry.node.value, Value::Table(_)) {
+        entry.node = Node { place: place.clone(), value: Value::Table(Vec::new()) };
+    }
+    if let Value::Table(inner) = &mut entry.node.value {
+        put(inner, rest, place, node);
+    }
+}
+
+fn fill_in(
+    node: &mut Node,
+    path: &str,
+    env: Environment<'_>,
+    sources: &Sources,
+    problems: &mut Vec<Problem>,
+) {
+    match &mut node.value {
+        Value::Text(text) => match interpolate(&text.text, env) {
+            Ok(filled) => *text = filled,
+            Err((found, hint)) => {
+                problems.push(sources.problem(&node.place, path, found).hinting(hint));
+                node.value = Value::Broken;
+            }
+        },
+        Value::List(nodes) => {
+            for (index, node) in nodes.iter_mut().enumerate() {
+                fill_in(node, &format!("{path}[{index}]"), env, sources, problems);
+            }
+        }
+        Value::Table(entries) => {
+            for entry in entries {
+                let path = format!("{path}.{}", path_part(&entry.name));
+                fill_in(&mut entry.node, &path, env, sources, problems);
+            }
+        }
+        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Time(_) | Value::Broken => {}
+    }
+}
+
+/// Fills in `${NAME}` and `${NAME:-default}`; `$$` is one `$`, and a `$` before anything else stays (JSON paths).
+/// As in a shell, the default also stands in for a variable that is set to nothing.
+fn interpolate(raw: &str, env: Environment<'_>) -> Result<Text, (String, String)> {
+    let mut text = String::with_capacity(raw.len());
+    let mut interpolated = false;
+    let mut whole_variable = None;
+    let mut rest = raw;
+    while let Some(at) = rest.find('$') {
+        text.push_str(&rest[..at]);
+        let after = &rest[at + 1..];
+        if let Some(after) = after.strip_prefix('$') {
+            text.push('$');
+            rest = after;
+            continue;
+        }
+        let Some(inside) = after.strip_prefix('{') else {
+            text.push('$');
+            rest = after;
+            continue;
+        };
+        let Some((variable, after)) = inside.split_once('}') else {
+            let hint = "close it with }, or write $${ for a plain ${".to_owned();
+            return Err(("unclosed ${ in a string".to_owned(), hint));
+        };
+        let (name, default) = match variable.split_once(":-") {
+            Some((name, default)) => (name, Some(default)),
+            None => (variable, None),
+        };
+        if !is_variable_name(name) {
+            let hint = "names are letters, digits and underscores; write $${ for a plain ${".to_owned();
+            return Err((format!("{} is not the name of an environment variable", quoted(name)), hint));
+        }
+        match (env(name), default) {
+            (Some(value), Some(default)) if value.is_empty() => text.push_str(default),
+            (Some(value), _) => text.push_str(&value),
+            (None, Some(default)) => text.push_str(default),
+            (None, None) => {
+                let hint = format!("set it, or give a default: ${{{name}:-value}}");
+                return Err((format!("environment variable {name} is not set"), hint));
+            }
+        }
+        interpolated = true;
+        whole_variable = (at == 0 && rest.len() == raw.len() && after.is_empty()).then(|| name.to_owned());
+        rest = after;
+    }
+    text.push_str(rest);
+    Ok(Text { text, whole_variable, interpolated })
+}
+
+/// A name as it stands in a dotted path: quoted if TOML would need it.
+pub(super) fn path_part(name: &str) -> String {
+    let bare = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if !name.is_empty() && name.chars().all(bare) { name.to_owned() } else { quoted(name) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(raw: &str) -> Result<String, String> {
+        let env = |name: &str| match name {
+            "HOST" => Some("broker".to_owned()),
+            "EMPTY" => Some(String::new()),
+            "DOLLARS" => Some("${HOST}".to_owned()),
+            _ => None,
+        };
+        interpolate(raw, &env).map(|text| text.text).map_err(|(found, _)| found)
+    }
+
+    #[test]
+    fn variables_are_filled_in_once_and_dollars_escaped() {
+        assert_eq!(filled("${HOST}:9092"), Ok("broker:9092".to_owned()));
+        assert_eq!(filled("${NOPE:-a:b}/${HOST}"), Ok("a:b/broker".to_owned()));
+        assert_eq!(filled("${EMPTY}|${EMPTY:-d}"), Ok("|d".to_owned()));
+        assert_eq!(filled("$$HOST $${HOST} $.a.b $"), Ok("$HOST ${HOST} $.a.b $".to_owned()));
+        assert_eq!(filled("${DOLLARS}"), Ok("${HOST}".to_owned()), "what a variable holds is not read again");
+    }
+
+    #[test]
+    fn a_variable_without_value_name_or_end_is_a_problem() {
+        assert_eq!(filled("${NOPE}"), Err("environment variable NOPE is not set".to_owned()));
+        assert_eq!(filled("${}"), Err("\"\" is not the name of an environment variable".to_owned()));
+        assert_eq!(filled("a${HOST"), Err("unclosed ${ in a string".to_owned()));
+    }
+
+    #[test]
+    fn only_a_string_that_is_one_variable_names_it() {
+        let env = |_: &str| Some("x".to_owned());
+        let whole = |raw: &str| interpolate(raw, &env).expect("set").whole_variable;
+        assert_eq!(whole("${A}"), Some("A".to_owned()));
+        assert_eq!(whole("${A}${B}"), None);
+        assert_eq!(whole("a${A}"), None);
+        assert_eq!(whole("${A}a"), None);
+    }
+
+    #[test]
+    fn an_address_with_a_password_is_known() {
+        assert!(has_user_info("https://user:pass@host/x"));
+        assert!(!has_user_info("https://host/a@b"));
+        assert!(!has_user_info("user@host"));
+    }
+}
