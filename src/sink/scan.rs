@@ -1,0 +1,86 @@
+//! Reading a table back in bounded memory: keys for the dedup state, places of dead letters.
+//!
+//! Bounds: one data file at a time, batches of [`SCAN_ROWS_MAX`] rows; what is held is one row group's chunks of the
+//! columns that are read. Delete files of other programs are applied.
+
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use iceberg::expr::{Predicate, Reference};
+use iceberg::spec::Datum;
+use iceberg::table::Table;
+
+use arrow::array::RecordBatch;
+
+/// Most rows in a batch of a scan.
+pub const SCAN_ROWS_MAX: usize = 16_384;
+/// Column that names the batch of a row.
+const BATCH_COLUMN: &str = "_tidemill_batch";
+
+/// Why a table could not be read to its end. Rows that came before the error are true.
+#[derive(Debug, thiserror::Error)]
+#[error("table {table} can not be read")]
+pub struct ScanError {
+    /// Name of the table.
+    pub table: String,
+    /// The error below.
+    #[source]
+    pub source: Box<iceberg::Error>,
+}
+
+impl ScanError {
+    pub(super) fn of(table: &Table, error: iceberg::Error) -> Self {
+        Self { table: table.identifier().to_string(), source: Box::new(error) }
+    }
+}
+
+/// Batches of the columns asked for, in that order, in no order of rows. Ends after the first error.
+pub type Scan = BoxStream<'static, Result<RecordBatch, ScanError>>;
+
+/// Reads columns of one snapshot: all rows, or those of batches up to `batch_max`.
+///
+/// Gives an empty stream for a table without a snapshot. Columns keep the table's Arrow types.
+///
+/// # Errors
+/// [`ScanError`] when the snapshot or a column does not exist, or a manifest can not be read.
+pub async fn scan_keys(
+    table: &Table,
+    snapshot_id: Option<i64>,
+    columns: &[String],
+    batch_max: Option<u64>,
+) -> Result<Scan, ScanError> {
+    let filter = batch_max.map(|batch| {
+        let batch = i64::try_from(batch).unwrap_or(i64::MAX);
+        Reference::new(BATCH_COLUMN).less_than_or_equal_to(Datum::long(batch))
+    });
+    scan(table, snapshot_id, columns, filter).await
+}
+
+/// Reads columns of one snapshot, or of the current one, where the predicate holds.
+pub(super) async fn scan(
+    table: &Table,
+    snapshot_id: Option<i64>,
+    columns: &[String],
+    filter: Option<Predicate>,
+) -> Result<Scan, ScanError> {
+    if snapshot_id.is_none() && table.metadata().current_snapshot().is_none() {
+        return Ok(futures::stream::empty().boxed());
+    }
+    let mut builder = table
+        .scan()
+        .select(columns)
+        .with_batch_size(Some(SCAN_ROWS_MAX))
+        .with_concurrency_limit(1)
+        .with_row_group_filtering_enabled(true);
+    if let Some(snapshot_id) = snapshot_id {
+        builder = builder.snapshot_id(snapshot_id);
+    }
+    if let Some(filter) = filter {
+        builder = builder.with_filter(filter);
+    }
+    let of_table = {
+        let table = table.clone();
+        move |error| ScanError::of(&table, error)
+    };
+    let batches = builder.build().map_err(&of_table)?.to_arrow().await.map_err(&of_table)?;
+    Ok(batches.map(move |batch| batch.map_err(&of_table)).boxed())
+}

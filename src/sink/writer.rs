@@ -1,0 +1,583 @@
+//! Data files of one batch for one table.
+//!
+//! Flow: Arrow batch -> columns matched to the table by name -> split by table partition -> one open Parquet file
+//! per table partition -> [`TableWriter::finish`] -> data files for the commit
+//!
+//! Invariants
+//! 1. Schema and partition spec are those of the table at [`TableWriter::new`]; the commit asserts the same ids.
+//! 2. No file name is ever used twice: names carry the attempt and a number drawn for the writer.
+//! 3. Every row written stands in exactly one of the files that `finish` gives back (asserted).
+//! 4. Files are durable before `finish` returns: closed and synced, and in a local warehouse the folders too.
+//!    A crash before leaves files that no snapshot names.
+//! 5. A value never becomes a part of a path as it is: partition values are escaped and cut.
+//!
+//! Bounds: the share `memory_bytes` is split in eight. A row group grows to one eighth at most; one eighth each is
+//! kept for the copy that is made when a row group is closed and for the storage client; the rest is what open
+//! files may hold. Beyond that, or beyond [`OPEN_FILES_MAX`], the fullest file is finished early and its table
+//! partition goes on in a new file. A share below about 4 MiB is exceeded by the smallest possible file.
+
+mod layout;
+mod stored;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt32Array, new_null_array};
+use arrow::compute::{CastOptions, cast_with_options, take_record_batch};
+use arrow::datatypes::{DataType, Field, Schema as ArrowSchema, SchemaRef as ArrowSchemaRef};
+use arrow::row::{RowConverter, SortField};
+use futures::{StreamExt, TryStreamExt};
+use iceberg::arrow::{PartitionValueCalculator, arrow_struct_to_literal, schema_to_arrow_schema};
+use iceberg::io::FileIO;
+use iceberg::spec::{DataFile, DataFileFormat, Literal, PartitionKey, PartitionSpecRef, SchemaRef, Struct};
+use iceberg::table::Table;
+use iceberg::writer::base_writer::data_file_writer::{DataFileWriter, DataFileWriterBuilder};
+use iceberg::writer::file_writer::ParquetWriterBuilder;
+use iceberg::writer::file_writer::location_generator::{
+    DefaultFileNameGenerator, DefaultLocationGenerator, LocationGenerator,
+};
+use iceberg::writer::file_writer::rolling_writer::RollingFileWriterBuilder;
+use iceberg::writer::{CurrentFileStatus, IcebergWriter, IcebergWriterBuilder};
+use uuid::Uuid;
+
+pub use layout::{FileLayout, LayoutError};
+pub use stored::{LostFile, StoredFilesError, files_exist, files_from_json, files_to_json};
+
+/// Most Parquet files open at once.
+pub const OPEN_FILES_MAX: usize = 64;
+/// Most files that are closed, and so synced, at the same time.
+pub const FILES_CLOSING_MAX: usize = 4;
+/// Longest partition value inside a path, in bytes after escaping; file systems take 255 for a whole name.
+const PATH_VALUE_BYTES_MAX: usize = 150;
+
+/// Why rows could not be written. Nothing that was written counts: call [`TableWriter::abort`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// The storage refused a write, a sync or a delete. The batch can be written again under another attempt.
+    #[error("data files of table {table} can not be written")]
+    Storage {
+        /// Name of the table.
+        table: String,
+        /// The error below.
+        source: Box<iceberg::Error>,
+    },
+    /// A folder of a local warehouse can not be synced.
+    #[error("folder {folder} of table {table} can not be synced")]
+    FolderSync {
+        /// Name of the table.
+        table: String,
+        /// Path of the folder.
+        folder: String,
+        /// The error below.
+        source: std::io::Error,
+    },
+    /// A table property does not say how to write a file.
+    #[error("table {table}: {source}")]
+    Layout {
+        /// Name of the table.
+        table: String,
+        /// The property.
+        source: LayoutError,
+    },
+    /// The batch does not fit the table's columns.
+    #[error("rows do not fit table {table}: {what}")]
+    Columns {
+        /// Name of the table.
+        table: String,
+        /// The column and both sides.
+        what: String,
+    },
+    /// Arrow failed on a batch that fits.
+    #[error("rows of table {table} can not be split or cast")]
+    Arrow {
+        /// Name of the table.
+        table: String,
+        /// The error below.
+        source: arrow::error::ArrowError,
+    },
+}
+
+type FileWriter = DataFileWriter<ParquetWriterBuilder, TableLocations, DefaultFileNameGenerator>;
+type FileWriterBuilder = DataFileWriterBuilder<ParquetWriterBuilder, TableLocations, DefaultFileNameGenerator>;
+
+/// Writes rows of one batch and one table into Parquet files.
+pub struct TableWriter {
+    table: String,
+    file_io: FileIO,
+    schema: SchemaRef,
+    spec: PartitionSpecRef,
+    columns: Columns,
+    partitioner: Option<Partitioner>,
+    layout: FileLayout,
+    builder: FileWriterBuilder,
+    locations: TableLocations,
+    open: HashMap<PartitionBytes, OpenFile>,
+    finished: Vec<DataFile>,
+    rows_written: u64,
+}
+
+/// Partition values of a row in Arrow's row format: equal bytes = same table partition.
+type PartitionBytes = Box<[u8]>;
+
+struct OpenFile {
+    writer: FileWriter,
+    /// Encoded bytes so far, those already handed to the storage included.
+    written_bytes: usize,
+}
+
+/// The rows of a batch that belong to one table partition.
+struct PartitionRows {
+    key: PartitionBytes,
+    values: Struct,
+    rows: RecordBatch,
+}
+
+impl TableWriter {
+    /// A writer for the table as it was loaded.
+    ///
+    /// `attempt` names the attempt to commit. `memory_bytes` is the share of the job's memory. `key_columns` are
+    /// the dedup key: almost every value is new, so they get no dictionary.
+    ///
+    /// # Errors
+    /// [`WriteError::Layout`] names the table property that can not be followed.
+    pub fn new(
+        table: &Table,
+        attempt: Uuid,
+        memory_bytes: u64,
+        key_columns: &[String],
+    ) -> Result<Self, WriteError> {
+        let name = table.identifier().to_string();
+        let of_storage = |error| WriteError::Storage { table: name.clone(), source: Box::new(error) };
+        let metadata = table.metadata();
+        let schema = metadata.current_schema().clone();
+        let spec = metadata.default_partition_spec().clone();
+        let layout = FileLayout::of(metadata.properties(), &schema, memory_bytes, key_columns)
+            .map_err(|source| WriteError::Layout { table: name.clone(), source })?;
+        let partitioner = Partitioner::of(&schema, &spec).map_err(of_storage)?;
+        let columns = Columns::of(&schema, &spec).map_err(of_storage)?;
+        let locations = TableLocations::of(table).map_err(of_storage)?;
+        let writer_number = &Uuid::new_v4().simple().to_string()[..8];
+        let rolling = RollingFileWriterBuilder::new(
+            ParquetWriterBuilder::new(layout.writer_properties().clone(), schema.clone()),
+            layout.file_bytes_target(),
+            table.file_io().clone(),
+            locations.clone(),
+            DefaultFileNameGenerator::new(format!("{attempt}-{writer_number}"), None, DataFileFormat::Parquet),
+        );
+        Ok(Self {
+            table: name.clone(),
+            file_io: table.file_io().clone(),
+            schema,
+            spec,
+            columns,
+            partitioner,
+            layout,
+            builder: DataFileWriterBuilder::new(rolling),
+            locations,
+            open: HashMap::new(),
+            finished: Vec::new(),
+            rows_written: 0,
+        })
+    }
+
+    /// Id of the schema that the files are written with.
+    pub fn schema_id(&self) -> i32 {
+        self.schema.schema_id()
+    }
+
+    /// Id of the partition spec that the files are written with.
+    pub fn spec_id(&self) -> i32 {
+        self.spec.spec_id()
+    }
+
+    /// Rows taken so far.
+    pub fn rows_written(&self) -> u64 {
+        self.rows_written
+    }
+
+    /// Takes rows. Columns are matched by name in any order; an optional column that is missing becomes null.
+    ///
+    /// Costs a copy of rows only where a batch holds several table partitions that are not each in one piece.
+    ///
+    /// # Errors
+    /// [`WriteError::Columns`] when a column is missing, unknown or of another type; others as they say. After an
+    /// error the writer can only be aborted.
+    pub async fn write(&mut self, batch: &RecordBatch) -> Result<(), WriteError> {
+        if batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let batch = self.columns.conform(batch).map_err(|misfit| misfit.in_table(&self.table))?;
+        let rows_per_piece = self.layout.rows_per_piece(&batch);
+        for part in self.split(batch)? {
+            let mut start = 0;
+            while start < part.rows.num_rows() {
+                let count = rows_per_piece.min(part.rows.num_rows() - start);
+                self.write_piece(&part.key, &part.values, part.rows.slice(start, count)).await?;
+                start += count;
+            }
+        }
+        Ok(())
+    }
+
+    fn split(&mut self, batch: RecordBatch) -> Result<Vec<PartitionRows>, WriteError> {
+        match &mut self.partitioner {
+            None => Ok(vec![PartitionRows { key: Box::default(), values: Struct::empty(), rows: batch }]),
+            Some(partitioner) => partitioner.split(&batch).map_err(|misfit| misfit.in_table(&self.table)),
+        }
+    }
+
+    async fn write_piece(
+        &mut self,
+        key: &PartitionBytes,
+        values: &Struct,
+        rows: RecordBatch,
+    ) -> Result<(), WriteError> {
+        let count = rows.num_rows() as u64;
+        if !self.open.contains_key(key) {
+            while self.open.len() >= OPEN_FILES_MAX {
+                self.finish_fullest().await?;
+            }
+            let partition = PartitionKey::new(self.spec.as_ref().clone(), self.schema.clone(), values.clone());
+            let writer = self.builder.build(Some(partition)).await.map_err(|error| self.of_storage(error))?;
+            self.open.insert(key.clone(), OpenFile { writer, written_bytes: 0 });
+        }
+        let file = self.open.get_mut(key).expect("the file was opened above");
+        let outcome = file.writer.write(rows).await;
+        if outcome.is_ok() {
+            file.written_bytes = file.writer.current_written_size();
+        }
+        outcome.map_err(|error| self.of_storage(error))?;
+        self.rows_written += count;
+        while self.open.len() > 1 && self.held_bytes() > self.layout.open_bytes_max() {
+            self.finish_fullest().await?;
+        }
+        Ok(())
+    }
+
+    /// Upper bound of what the open files hold in memory.
+    fn held_bytes(&self) -> usize {
+        self.open.values().map(|file| self.layout.held_bytes(file.written_bytes)).sum()
+    }
+
+    /// Finishes the open file with most bytes: it frees most, and leaves the fewest small files behind.
+    async fn finish_fullest(&mut self) -> Result<(), WriteError> {
+        let fullest = self.open.iter().max_by_key(|(_, file)| file.written_bytes).map(|(key, _)| key.clone());
+        let Some(mut file) = fullest.and_then(|key| self.open.remove(&key)) else {
+            return Ok(());
+        };
+        let files = file.writer.close().await.map_err(|error| self.of_storage(error))?;
+        self.finished.extend(files);
+        Ok(())
+    }
+
+    /// Closes and syncs all files and gives them back, none for a writer that took no row. The order means nothing.
+    ///
+    /// # Errors
+    /// [`WriteError::Storage`] or [`WriteError::FolderSync`]: the files must not be committed.
+    pub async fn finish(mut self) -> Result<Vec<DataFile>, WriteError> {
+        let open: Vec<OpenFile> = self.open.drain().map(|(_, file)| file).collect();
+        let closing = futures::stream::iter(open)
+            .map(|mut file| async move { file.writer.close().await })
+            .buffer_unordered(FILES_CLOSING_MAX);
+        let closed: Vec<Vec<DataFile>> =
+            closing.try_collect().await.map_err(|error| self.of_storage(error))?;
+        self.finished.extend(closed.into_iter().flatten());
+        let rows: u64 = self.finished.iter().map(DataFile::record_count).sum();
+        assert_eq!(rows, self.rows_written, "every row written stands in exactly one data file");
+        let paths: Vec<&str> = self.finished.iter().map(DataFile::file_path).collect();
+        sync_folders(&self.table, &paths, &self.locations.folder()).await?;
+        Ok(self.finished)
+    }
+
+    /// Gives up: deletes every file this writer began. Call it only while no commit that names them was sent.
+    ///
+    /// # Errors
+    /// [`WriteError::Storage`] when a file stays behind; no snapshot names it.
+    pub async fn abort(mut self) -> Result<(), WriteError> {
+        self.open.clear();
+        for location in self.locations.given() {
+            self.file_io.delete(&location).await.map_err(|error| self.of_storage(error))?;
+        }
+        Ok(())
+    }
+
+    fn of_storage(&self, error: iceberg::Error) -> WriteError {
+        WriteError::Storage { table: self.table.clone(), source: Box::new(error) }
+    }
+}
+
+/// Why a batch does not fit, before the name of the table is added.
+enum Misfit {
+    Columns(String),
+    Arrow(arrow::error::ArrowError),
+    Iceberg(iceberg::Error),
+}
+
+impl Misfit {
+    fn in_table(self, table: &str) -> WriteError {
+        let table = table.to_owned();
+        match self {
+            Self::Columns(what) => WriteError::Columns { table, what },
+            Self::Arrow(source) => WriteError::Arrow { table, source },
+            Self::Iceberg(error) => WriteError::Storage { table, source: Box::new(error) },
+        }
+    }
+}
+
+impl From<arrow::error::ArrowError> for Misfit {
+    fn from(error: arrow::error::ArrowError) -> Self {
+        Self::Arrow(error)
+    }
+}
+
+impl From<iceberg::Error> for Misfit {
+    fn from(error: iceberg::Error) -> Self {
+        Self::Iceberg(error)
+    }
+}
+
+/// The table's columns in Arrow, with the Iceberg field ids that the Parquet writer needs.
+struct Columns {
+    arrow: ArrowSchemaRef,
+    /// Columns that partition values come from: the transforms take the exact type only.
+    partition_sources: Vec<bool>,
+}
+
+impl Columns {
+    fn of(schema: &SchemaRef, spec: &PartitionSpecRef) -> Result<Self, iceberg::Error> {
+        let is_source = |id: i32| spec.fields().iter().any(|field| field.source_id == id);
+        let partition_sources = schema.as_struct().fields().iter().map(|field| is_source(field.id)).collect();
+        Ok(Self { arrow: Arc::new(schema_to_arrow_schema(schema)?), partition_sources })
+    }
+
+    /// The batch in the table's order and types.
+    fn conform(&self, batch: &RecordBatch) -> Result<RecordBatch, Misfit> {
+        let given = batch.schema();
+        for field in given.fields() {
+            if self.arrow.column_with_name(field.name()).is_none() {
+                return Err(Misfit::Columns(format!("the table has no column {}", field.name())));
+            }
+        }
+        let mut fields = Vec::with_capacity(self.arrow.fields().len());
+        let mut arrays = Vec::with_capacity(self.arrow.fields().len());
+        for (field, is_source) in self.arrow.fields().iter().zip(&self.partition_sources) {
+            let array = match batch.column_by_name(field.name()) {
+                Some(array) => adapt(array, field, *is_source)?,
+                None => new_null_array(field.data_type(), batch.num_rows()),
+            };
+            if !field.is_nullable() && array.null_count() > 0 {
+                return Err(Misfit::Columns(format!("required column {} has no value in a row", field.name())));
+            }
+            fields.push(field.as_ref().clone().with_data_type(array.data_type().clone()));
+            arrays.push(array);
+        }
+        Ok(RecordBatch::try_new(Arc::new(ArrowSchema::new(fields)), arrays)?)
+    }
+}
+
+/// The array in a type that is written as the column's. Never changes a value: text is not parsed, numbers are not
+/// narrowed.
+fn adapt(array: &ArrayRef, field: &Field, is_partition_source: bool) -> Result<ArrayRef, Misfit> {
+    let (found, wanted) = (array.data_type(), field.data_type());
+    if found == wanted || (!is_partition_source && same_bytes(found, wanted)) {
+        return Ok(array.clone());
+    }
+    if !same_bytes(found, wanted) && !same_instant(found, wanted) {
+        return Err(Misfit::Columns(format!("column {} takes {wanted} and was given {found}", field.name())));
+    }
+    Ok(cast_with_options(array, wanted, &CastOptions { safe: false, ..CastOptions::default() })?)
+}
+
+/// Whether both are text, or both bytes: the Parquet writer takes each as the other.
+fn same_bytes(found: &DataType, wanted: &DataType) -> bool {
+    let value = match found {
+        DataType::Dictionary(_, value) => value.as_ref(),
+        other => other,
+    };
+    let is_text = |of: &DataType| matches!(of, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
+    let is_binary = |of: &DataType| matches!(of, DataType::Binary | DataType::LargeBinary | DataType::BinaryView);
+    (is_text(value) && is_text(wanted)) || (is_binary(value) && is_binary(wanted))
+}
+
+/// Whether both are instants in the same unit: UTC has more than one name in Arrow.
+fn same_instant(found: &DataType, wanted: &DataType) -> bool {
+    let is_utc = |zone: &str| matches!(zone, "UTC" | "+00:00" | "Z" | "Etc/UTC");
+    match (found, wanted) {
+        (DataType::Timestamp(unit, Some(zone)), DataType::Timestamp(wanted_unit, Some(_))) => {
+            unit == wanted_unit && is_utc(zone)
+        }
+        _ => false,
+    }
+}
+
+/// Splits rows by the values of the partition spec.
+struct Partitioner {
+    calculator: PartitionValueCalculator,
+    converter: RowConverter,
+}
+
+impl Partitioner {
+    fn of(schema: &SchemaRef, spec: &PartitionSpecRef) -> Result<Option<Self>, iceberg::Error> {
+        if spec.is_unpartitioned() {
+            return Ok(None);
+        }
+        let calculator = PartitionValueCalculator::try_new(spec, schema)?;
+        let DataType::Struct(fields) = calculator.partition_arrow_type() else {
+            unreachable!("partition values are a struct");
+        };
+        let sort_fields = fields.iter().map(|field| SortField::new(field.data_type().clone())).collect();
+        let converter = RowConverter::new(sort_fields).map_err(|error| {
+            let message = "partition values can not be compared";
+            iceberg::Error::new(iceberg::ErrorKind::FeatureUnsupported, message).with_source(error)
+        })?;
+        Ok(Some(Self { calculator, converter }))
+    }
+
+    /// Rows by table partition, in order of first appearance.
+    fn split(&mut self, batch: &RecordBatch) -> Result<Vec<PartitionRows>, Misfit> {
+        let values = self.calculator.calculate(batch)?;
+        let rows = self.converter.convert_columns(values.as_struct().columns())?;
+        let first = rows.row(0);
+        if rows.iter().all(|row| row == first) {
+            let values = self.values_at(&values, 0)?;
+            return Ok(vec![PartitionRows { key: first.as_ref().into(), values, rows: batch.clone() }]);
+        }
+        let mut group_of: HashMap<&[u8], usize> = HashMap::new();
+        let mut groups: Vec<Vec<u32>> = Vec::new();
+        for index in 0..rows.num_rows() {
+            let group = *group_of.entry(rows.row(index).data()).or_insert_with(|| {
+                groups.push(Vec::new());
+                groups.len() - 1
+            });
+            groups[group].push(u32::try_from(index).expect("a batch has fewer than 2^32 rows"));
+        }
+        let mut parts = Vec::with_capacity(groups.len());
+        for indices in groups {
+            let first = indices[0] as usize;
+            parts.push(PartitionRows {
+                key: rows.row(first).as_ref().into(),
+                values: self.values_at(&values, first)?,
+                rows: rows_at(batch, indices)?,
+            });
+        }
+        Ok(parts)
+    }
+
+    fn values_at(&self, values: &ArrayRef, index: usize) -> Result<Struct, Misfit> {
+        let literals = arrow_struct_to_literal(&values.slice(index, 1), self.calculator.partition_type())?;
+        match literals.into_iter().next() {
+            Some(Some(Literal::Struct(values))) => Ok(values),
+            _ => Err(Misfit::Columns(format!("row {index} has no partition values"))),
+        }
+    }
+}
+
+/// These rows of the batch, ascending: a view where they stand in one piece, else a copy.
+fn rows_at(batch: &RecordBatch, indices: Vec<u32>) -> Result<RecordBatch, Misfit> {
+    let (first, last) = (indices[0] as usize, indices[indices.len() - 1] as usize);
+    if last - first + 1 == indices.len() {
+        return Ok(batch.slice(first, indices.len()));
+    }
+    Ok(take_record_batch(batch, &UInt32Array::from(indices))?)
+}
+
+/// Where the files of a table go: `write.data.path` or `<table>/data`, then `field=value` per partition field.
+///
+/// The crate's generator puts partition values into the path as they are; here they are escaped. It also
+/// remembers every location it gave, so that an abort can delete files that were begun.
+#[derive(Clone)]
+struct TableLocations {
+    base: DefaultLocationGenerator,
+    given: Arc<Mutex<Vec<String>>>,
+}
+
+impl TableLocations {
+    fn of(table: &Table) -> Result<Self, iceberg::Error> {
+        Ok(Self { base: DefaultLocationGenerator::new(table.metadata())?, given: Arc::default() })
+    }
+
+    /// The folder above all data files, without a slash at its end.
+    fn folder(&self) -> String {
+        self.base.generate_location(None, "").trim_end_matches('/').to_owned()
+    }
+
+    fn given(&self) -> Vec<String> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl LocationGenerator for TableLocations {
+    fn generate_location(&self, partition_key: Option<&PartitionKey>, file_name: &str) -> String {
+        let location = match partition_key.map(partition_path) {
+            Some(path) if !path.is_empty() => format!("{}/{path}/{file_name}", self.folder()),
+            _ => format!("{}/{file_name}", self.folder()),
+        };
+        self.given.lock().unwrap_or_else(PoisonError::into_inner).push(location.clone());
+        location
+    }
+}
+
+/// `event_time_day=2026-01-31/channel=e-mail`, safe as a path whatever the values are.
+fn partition_path(key: &PartitionKey) -> String {
+    let Ok(partition_type) = key.spec().partition_type(key.schema()) else {
+        return String::new();
+    };
+    let parts = key.spec().fields().iter().zip(partition_type.fields()).zip(key.data().iter());
+    let named = parts.map(|((field, typed), value)| {
+        let text = field.transform.to_human_string(&typed.field_type, value);
+        format!("{}={}", path_part(&field.name), path_part(&text))
+    });
+    named.collect::<Vec<_>>().join("/")
+}
+
+/// Percent-encodes all but letters, digits, `-`, `_` and `.`; a long text is cut and told apart by its hash.
+fn path_part(text: &str) -> String {
+    let mut part = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => part.push(char::from(byte)),
+            _ => part.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    if part.len() > PATH_VALUE_BYTES_MAX {
+        part.truncate(PATH_VALUE_BYTES_MAX);
+        part.push_str(&format!("-{:016x}", xxhash_rust::xxh3::xxh3_64(text.as_bytes())));
+    }
+    part
+}
+
+/// Path of a location in a local warehouse; `None` on other storage.
+pub fn local_path(location: &str) -> Option<&std::path::Path> {
+    let path = location.strip_prefix("file://").or_else(|| location.strip_prefix("file:")).unwrap_or(location);
+    path.starts_with('/').then(|| std::path::Path::new(path))
+}
+
+/// Syncs the folders of local files up to the parent of `top`, so that their names survive a power cut: the storage
+/// layer syncs files and not folders. Does nothing on other storage.
+///
+/// # Errors
+/// [`WriteError::FolderSync`] names the folder.
+pub async fn sync_folders(table: &str, locations: &[&str], top: &str) -> Result<(), WriteError> {
+    let Some(top) = local_path(top).and_then(std::path::Path::parent) else {
+        return Ok(());
+    };
+    let mut folders = std::collections::BTreeSet::new();
+    for path in locations.iter().filter_map(|location| local_path(location)) {
+        let above = path.ancestors().skip(1).take_while(|folder| folder.starts_with(top));
+        folders.extend(above.map(std::path::Path::to_path_buf));
+    }
+    let table = table.to_owned();
+    let syncing = tokio::task::spawn_blocking(move || {
+        for folder in folders {
+            if let Err(source) = std::fs::File::open(&folder).and_then(|file| file.sync_all()) {
+                return Err(WriteError::FolderSync { table, folder: folder.display().to_string(), source });
+            }
+        }
+        Ok(())
+    });
+    syncing.await.expect("syncing folders does not panic")
+}
+
+#[cfg(test)]
+mod tests;
