@@ -1,6 +1,6 @@
 //! What a generated stream is asked to be: plain data, with defaults as named constants, checked before use.
 //!
-//! Invariant: a [`Plan`] exists only for a configuration whose every setting lies in its range; shares are whole
+//! Invariant: a `Plan` exists only for a configuration whose every setting lies in its range; shares are whole
 //! millionths there, so that no decision depends on floating-point arithmetic of the machine.
 
 use std::collections::BTreeMap;
