@@ -1,0 +1,64 @@
+//! The few ways in which the state touches the disk.
+//!
+//! Files are created exclusively and readable by their owner alone, read by position, and synced before their
+//! folder is. An error of a sync is never retried: the pages that it lost would count as clean.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::StoreError;
+
+/// Makes the folder of the state, and what leads to it, unless it is there.
+pub(super) fn make_folder(folder: &Path) -> Result<(), StoreError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(|error| StoreError::io("make folder", folder.display(), error))
+}
+
+/// Creates a file that must not be there yet, for writing and reading.
+pub(super) fn create_new(folder: &Path, name: &str) -> Result<File, StoreError> {
+    let created =
+        OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(folder.join(name));
+    created.map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => StoreError::NameTaken { file: name.to_owned() },
+        _ => StoreError::io("create", name, error),
+    })
+}
+
+/// Opens a file that a generation names.
+pub(super) fn open(folder: &Path, name: &str) -> Result<File, StoreError> {
+    File::open(folder.join(name)).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => StoreError::Missing { file: name.to_owned() },
+        _ => StoreError::io("open", name, error),
+    })
+}
+
+/// Fills `bytes` from `position` on. A file that ends before is corrupt: its length was checked when it was
+/// opened.
+pub(super) fn read_at(file: &File, name: &str, bytes: &mut [u8], position: u64) -> Result<(), StoreError> {
+    file.read_exact_at(bytes, position).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => StoreError::corrupt(name, "the file is shorter than it was"),
+        _ => StoreError::io("read", name, error),
+    })
+}
+
+/// Writes `bytes` at `position`.
+pub(super) fn write_at(file: &File, name: &str, bytes: &[u8], position: u64) -> Result<(), StoreError> {
+    file.write_all_at(bytes, position).map_err(|error| StoreError::io("write", name, error))
+}
+
+/// Makes a file's bytes and length durable.
+pub(super) fn sync(file: &File, name: &str) -> Result<(), StoreError> {
+    file.sync_all().map_err(|error| StoreError::io("sync", name, error))
+}
+
+/// Makes the names of new files durable.
+pub(super) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
+    File::open(folder)
+        .and_then(|opened| opened.sync_all())
+        .map_err(|error| StoreError::io("sync folder", folder.display(), error))
+}

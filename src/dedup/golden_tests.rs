@@ -1,0 +1,95 @@
+//! Files of every released format version, kept small in `fixtures/dedup`: they are read for ever, and the current
+//! version is written as it always was.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::*;
+
+const KEYS: u64 = 600;
+
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/dedup/v1")
+}
+
+fn spec() -> StoreSpec {
+    StoreSpec {
+        job_id: Uuid::from_u128(0x0189_0a5d_ac96_774b_bcce_b302_099a_8057),
+        key_spec_hash: "00112233445566778899aabbccddeeff".into(),
+        seed: 1_234_567_890_123_456_789,
+        shards: 256,
+        bucket_width_ms: 3_600_000,
+        repeats: Repeats::AnyTime,
+    }
+}
+
+fn keys() -> Vec<Key> {
+    let key = |number: u64| Key {
+        fingerprint: Fingerprint::from_value(xxh3_128(&number.to_le_bytes()) >> 40),
+        event_time: EventTimeMs(
+            1_700_000_000_000 + (number % 7) as i64 * 3_000_000 - (number / 599) as i64 * (1 << 40),
+        ),
+    };
+    (0..KEYS).map(key).collect()
+}
+
+/// Two commits: keys up to 500, then the others.
+fn write_to(folder: &Path) -> GenerationRef {
+    let mut store = Store::open(folder, spec(), None, 0).unwrap();
+    let (first, second) = (keys()[..500].to_vec(), keys()[500..].to_vec());
+    for (batch, keys) in [(1, first), (2, second)] {
+        store.probe(&keys).unwrap();
+        let attempt = Uuid::from_u128(0x018b_cfe5_6800_7000_8000_0000_0000_0000 + u128::from(batch));
+        store.prepare(GenerationName::new(3, batch, attempt)).unwrap();
+        store.publish();
+    }
+    let newest = list_generations(folder, spec().job_id).unwrap().pop().unwrap();
+    newest.reference
+}
+
+/// The newest generation of the fixture, as the ledger that wrote it would name it.
+fn reference() -> GenerationRef {
+    GenerationRef {
+        name: "e0000000003-b0000000002-018bcfe5-6800-7000-8000-000000000002".parse().unwrap(),
+        checksum: "842a4f5dda7dd651086a469e644100d0".into(),
+    }
+}
+
+#[test]
+fn files_of_version_1_are_read() {
+    // Opening makes the folder if it is not there; a fixture that is gone must not look like an empty state.
+    let mut store = Store::open(&fixture(), spec(), Some(&reference()), 0).unwrap();
+    assert_eq!(verify(&fixture(), &reference()).unwrap().keys, KEYS);
+    assert_eq!(store.stats().keys, KEYS);
+    assert!(store.probe(&keys()).unwrap().iter().all(|verdict| *verdict == Verdict::Duplicate));
+    let unseen: Vec<Key> = keys()
+        .iter()
+        .map(|key| Key { fingerprint: Fingerprint::from_value(key.fingerprint.value() ^ 1), ..*key })
+        .collect();
+    assert!(store.probe(&unseen).unwrap().iter().all(|verdict| *verdict == Verdict::New));
+}
+
+#[test]
+fn version_1_is_written_as_it_always_was() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(write_to(folder.path()), reference());
+    let mut compared = 0;
+    for entry in fs::read_dir(fixture()).unwrap() {
+        let entry = entry.unwrap();
+        let written = fs::read(folder.path().join(entry.file_name())).unwrap();
+        assert!(written == fs::read(entry.path()).unwrap(), "{:?} differs", entry.file_name());
+        compared += 1;
+    }
+    assert_eq!(compared, 4);
+}
+
+/// Makes the fixture of a new format version, once: `cargo test --release --lib -- --ignored write_fixture`.
+#[test]
+#[ignore = "writes into the source tree"]
+fn write_fixture() {
+    fs::create_dir_all(fixture()).unwrap();
+    println!("{:?}", write_to(&fixture()));
+}

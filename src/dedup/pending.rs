@@ -1,0 +1,183 @@
+//! Pending keys: new in this microbatch, not yet in a segment.
+//!
+//! They lie in sorted runs whose sizes at least double from the newest to the oldest, so a key is moved a
+//! logarithmic number of times and a lookup walks few runs.
+//!
+//! Bounds: 16 bytes per key, and as much again while runs are merged or sorted for writing.
+
+use std::collections::BTreeMap;
+
+use super::bucket::{Bucket, Tally};
+use super::lookup::Probe;
+use super::segment::SegmentWriter;
+use super::{BUCKETS_MAX, StoreError};
+use crate::event_time::EventTimeMs;
+use crate::fingerprint::{FINGERPRINT_BITS, Fingerprint};
+use crate::job::Repeats;
+
+/// A key with the ordinal of its bucket in a [`BucketTable`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    pub(super) fingerprint: Fingerprint,
+    pub(super) bucket: u32,
+}
+
+/// The buckets that keys in memory fall into, by the order of their first key.
+#[derive(Debug, Default)]
+pub(super) struct BucketTable {
+    rows: Vec<BucketRow>,
+    ordinals: BTreeMap<Bucket, u32>,
+}
+
+#[derive(Debug)]
+struct BucketRow {
+    bucket: Bucket,
+    /// Smallest and largest event time of the keys that came in.
+    event_times: Option<(EventTimeMs, EventTimeMs)>,
+}
+
+impl BucketTable {
+    /// The ordinal of a bucket, a new one if need be.
+    pub(super) fn ordinal(&mut self, bucket: Bucket) -> Result<u32, StoreError> {
+        if let Some(ordinal) = self.ordinals.get(&bucket) {
+            return Ok(*ordinal);
+        }
+        if self.rows.len() == BUCKETS_MAX {
+            return Err(StoreError::TooManyBuckets { buckets_max: BUCKETS_MAX });
+        }
+        let ordinal = self.rows.len() as u32;
+        self.rows.push(BucketRow { bucket, event_times: None });
+        self.ordinals.insert(bucket, ordinal);
+        Ok(ordinal)
+    }
+
+    pub(super) fn bucket(&self, ordinal: u32) -> Bucket {
+        self.rows[ordinal as usize].bucket
+    }
+
+    /// Notes that a key with this event time came in.
+    pub(super) fn note(&mut self, ordinal: u32, time: EventTimeMs) {
+        let event_times = &mut self.rows[ordinal as usize].event_times;
+        let (min, max) = event_times.unwrap_or((time, time));
+        *event_times = Some((min.min(time), max.max(time)));
+    }
+
+    fn event_times(&self, ordinal: u32) -> (EventTimeMs, EventTimeMs) {
+        let row = &self.rows[ordinal as usize];
+        row.event_times.expect("a bucket that holds a key has event times")
+    }
+}
+
+/// Sorts keys by bucket and fingerprint and writes them as sections; copies of a key in its bucket collapse.
+/// Gives the keys written per bucket.
+pub(super) fn write_sections(
+    mut entries: Vec<Entry>,
+    table: &BucketTable,
+    writer: &mut SegmentWriter,
+) -> Result<BTreeMap<Bucket, Tally>, StoreError> {
+    entries.sort_unstable_by_key(|entry| (table.bucket(entry.bucket).from, entry.fingerprint));
+    let mut written = BTreeMap::new();
+    for of_bucket in entries.chunk_by(|one, other| one.bucket == other.bucket) {
+        let ordinal = of_bucket[0].bucket;
+        let bucket = table.bucket(ordinal);
+        let mut section = writer.section(bucket, table.event_times(ordinal), of_bucket.len() as u64);
+        for copies in of_bucket.chunk_by(|one, other| one.fingerprint == other.fingerprint) {
+            section.push(copies[0].fingerprint.value())?;
+        }
+        written.insert(bucket, section.finish()?);
+    }
+    Ok(written)
+}
+
+/// Pending keys of one microbatch.
+#[derive(Debug)]
+pub(super) struct Pending {
+    repeats: Repeats,
+    pub(super) table: BucketTable,
+    runs: Vec<Vec<Entry>>,
+}
+
+impl Pending {
+    pub(super) fn new(repeats: Repeats) -> Self {
+        Self { repeats, table: BucketTable::default(), runs: Vec::new() }
+    }
+
+    /// By what keys are sorted and compared: the fingerprint, under its bucket if only that one is probed.
+    pub(super) fn rank(&self, fingerprint: Fingerprint, bucket: u32) -> u128 {
+        match self.repeats {
+            Repeats::AnyTime => fingerprint.value(),
+            Repeats::SameTime => u128::from(bucket) << FINGERPRINT_BITS | fingerprint.value(),
+        }
+    }
+
+    pub(super) fn keys(&self) -> u64 {
+        self.runs.iter().map(|run| run.len() as u64).sum()
+    }
+
+    /// Bytes that the pending keys take at most, the copy made by a merge or the final sort included.
+    pub(super) fn bytes(&self) -> u64 {
+        self.keys() * size_of::<Entry>() as u64 * 2
+    }
+
+    /// Marks the probes, sorted by rank, that are pending already.
+    pub(super) fn mark_found(&self, probes: &mut [Probe]) {
+        for run in &self.runs {
+            let mut at = 0;
+            for probe in probes.iter_mut() {
+                at += self.count_below(&run[at..], probe.rank);
+                let Some(entry) = run.get(at) else { break };
+                probe.found |= self.rank(entry.fingerprint, entry.bucket) == probe.rank;
+            }
+        }
+    }
+
+    /// How many entries of a sorted run rank below: looks near first, in growing steps.
+    fn count_below(&self, run: &[Entry], rank: u128) -> usize {
+        let below = |entry: &Entry| self.rank(entry.fingerprint, entry.bucket) < rank;
+        let mut reach = 1;
+        while reach < run.len() && below(&run[reach - 1]) {
+            reach *= 2;
+        }
+        let begin = reach / 2;
+        begin + run[begin..reach.min(run.len())].partition_point(below)
+    }
+
+    /// Takes new keys, sorted by rank, none of which is pending.
+    pub(super) fn push(&mut self, run: Vec<Entry>) {
+        if run.is_empty() {
+            return;
+        }
+        self.runs.push(run);
+        while let [.., older, newer] = self.runs.as_slice() {
+            if older.len() > newer.len() * 2 {
+                break;
+            }
+            let merged = self.merged(older, newer);
+            self.runs.truncate(self.runs.len() - 2);
+            self.runs.push(merged);
+        }
+    }
+
+    fn merged(&self, older: &[Entry], newer: &[Entry]) -> Vec<Entry> {
+        let rank = |entry: &Entry| self.rank(entry.fingerprint, entry.bucket);
+        let mut merged = Vec::with_capacity(older.len() + newer.len());
+        let (mut older, mut newer) = (older, newer);
+        while let ([one, older_rest @ ..], [other, newer_rest @ ..]) = (older, newer) {
+            if rank(one) < rank(other) {
+                merged.push(*one);
+                older = older_rest;
+            } else {
+                merged.push(*other);
+                newer = newer_rest;
+            }
+        }
+        merged.extend_from_slice(older);
+        merged.extend_from_slice(newer);
+        merged
+    }
+
+    /// Writes all pending keys as sections; nothing if there are none.
+    pub(super) fn write(self, writer: &mut SegmentWriter) -> Result<BTreeMap<Bucket, Tally>, StoreError> {
+        write_sections(self.runs.concat(), &self.table, writer)
+    }
+}

@@ -1,0 +1,117 @@
+//! Verification: every byte of a generation that anyone may ever read is read and checked.
+//!
+//! Beyond checksums it checks what a writer with a bug could break: that filters hold every key, that indexes
+//! name the first key of every page, and that sections add up to the buckets of the manifest.
+//!
+//! Bounds: one read buffer, one page, one filter page and one index page; a segment is read once.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::bucket::{Bucket, Tally};
+use super::filter;
+use super::generation::{GenerationRef, Manifest};
+use super::page::fingerprint_at;
+use super::segment::{STRIDE_PAGES, Section, SectionScan, Segment, index_entry_offset};
+use super::{StoreError, StoreSpec, TRANSFER_BYTES_MAX};
+
+/// What was read and found right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VerifyReport {
+    /// Keys of the live buckets.
+    pub keys: u64,
+    /// Segments.
+    pub segments: u64,
+    /// Bytes of the segments.
+    pub segment_bytes: u64,
+}
+
+/// Reads and checks a whole generation.
+///
+/// # Errors
+/// The [`StoreError`] of the first thing that is wrong; [`StoreError::Missing`] and [`StoreError::Corrupt`] name
+/// the file.
+pub fn verify(folder: &Path, generation: &GenerationRef) -> Result<VerifyReport, StoreError> {
+    let manifest = Manifest::read(folder, generation)?;
+    let spec = StoreSpec {
+        job_id: manifest.job_id,
+        key_spec_hash: manifest.key_spec_hash.clone(),
+        seed: manifest.seed,
+        shards: manifest.shards,
+        bucket_width_ms: manifest.bucket_width_ms,
+        repeats: manifest.repeats,
+    };
+    spec.check()?;
+    let mut report = VerifyReport::default();
+    let mut found: BTreeMap<Bucket, Tally> = BTreeMap::new();
+    for entry in &manifest.segments {
+        let segment = Segment::open(folder, entry, &spec)?;
+        for section in &segment.sections {
+            verify_section(&segment, section)?;
+            found.entry(section.bucket).or_default().add_all(section.tally);
+        }
+        report.segments += 1;
+        report.segment_bytes += entry.bytes;
+    }
+    for bucket in &manifest.buckets {
+        if found.get(&bucket.bucket()) != Some(&bucket.tally()) {
+            let what = format!("the segments do not add up to the bucket of {}", bucket.from);
+            return Err(StoreError::corrupt(generation.name, what));
+        }
+        report.keys += bucket.keys;
+    }
+    Ok(report)
+}
+
+fn verify_section(segment: &Segment, section: &Section) -> Result<(), StoreError> {
+    let mut filter_page = FilterPage { segment, section, page: None, bytes: Vec::new() };
+    let mut index_page = Vec::new();
+    let mut scan = SectionScan::new(segment, section, TRANSFER_BYTES_MAX as usize);
+    while let Some(value) = scan.next()? {
+        filter_page.check_holds(value)?;
+        let Some((page, first)) = scan.page_begin() else { continue };
+        let entry = (page % STRIDE_PAGES) as usize;
+        if entry == 0 {
+            let stride = page / STRIDE_PAGES;
+            index_page.resize(section.index_bytes(stride), 0);
+            segment.read_sealed(&mut index_page, section.index_position(stride), "index page")?;
+            if section.strides[stride as usize].value() != first {
+                return Err(segment.corrupt(format!("the stride index is wrong about stride {stride}")));
+            }
+        }
+        if fingerprint_at(&index_page, index_entry_offset(entry)) != first {
+            return Err(segment.corrupt(format!("the page index is wrong about page {page}")));
+        }
+    }
+    filter_page.read_to(filter::page_count(section.filter_blocks) - 1)
+}
+
+/// The filter page that was read last, on a walk that reads each of them once.
+struct FilterPage<'a> {
+    segment: &'a Segment,
+    section: &'a Section,
+    page: Option<u64>,
+    bytes: Vec<u8>,
+}
+
+impl FilterPage<'_> {
+    fn check_holds(&mut self, value: u128) -> Result<(), StoreError> {
+        let block = filter::block_of(value, self.section.filter_blocks);
+        self.read_to(block / filter::PAGE_BLOCKS)?;
+        let holds = self.bytes[filter::block_offset(block)..]
+            .first_chunk()
+            .is_some_and(|block| filter::may_contain(block, value));
+        if holds { Ok(()) } else { Err(self.segment.corrupt("a filter does not hold a key of its section")) }
+    }
+
+    /// Reads and checks all filter pages up to `page`.
+    fn read_to(&mut self, page: u64) -> Result<(), StoreError> {
+        for next in self.page.map_or(0, |read| read + 1)..=page {
+            self.bytes.resize(filter::page_bytes(self.section.filter_blocks, next), 0);
+            let position = self.section.filter_position + next * super::page::PAGE_BYTES as u64;
+            self.segment.read_sealed(&mut self.bytes, position, "filter page")?;
+            self.page = Some(next);
+        }
+        Ok(())
+    }
+}
