@@ -6,8 +6,8 @@
 //!
 //! Words. A *segment* is an immutable file of sorted fingerprints with a section per bucket of event time. A
 //! *generation* is a manifest file that lists the live segments. A *bucket* is a slice of event time; expiry
-//! will drop whole buckets from a manifest, without a scan. See [`segment`](self) files for the layouts:
-//! `dedup/segment.rs`, `dedup/page.rs`, `dedup/filter.rs` and `dedup/generation.rs`.
+//! will drop whole buckets from a manifest, without a scan. Each layout stands in one file only: `dedup/segment.rs`,
+//! `dedup/page.rs`, `dedup/filter.rs` and `dedup/generation.rs`.
 //!
 //! Invariants
 //! 1. A key is a duplicate only because an equal fingerprint was read from an intact page or stands among the

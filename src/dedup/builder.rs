@@ -55,7 +55,8 @@ pub struct Builder {
 
 impl Builder {
     /// Begins a rebuild. `floor` is the end of the open first bucket that the ledger names, so that buckets, counts
-    /// and digests can be compared; without one the first keys set it, as in a new state.
+    /// and digests can be compared; without one the first keys set it, as in a new state. For the same reason the
+    /// bucket width of `spec` is to be the ledger's here, whatever the job asks for.
     ///
     /// # Errors
     /// [`StoreError::SpecInvalid`] and [`StoreError::Io`].

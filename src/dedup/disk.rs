@@ -10,13 +10,21 @@ use std::path::Path;
 
 use super::StoreError;
 
-/// Makes the folder of the state, and what leads to it, unless it is there.
+/// Makes the folder of the state, and what leads to it, unless it is there, and makes the new names durable.
 pub(super) fn make_folder(folder: &Path) -> Result<(), StoreError> {
+    let missing: Vec<&Path> = folder.ancestors().take_while(|ancestor| !ancestor.exists()).collect();
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(folder)
-        .map_err(|error| StoreError::io("make folder", folder.display(), error))
+        .map_err(|error| StoreError::io("make folder", folder.display(), error))?;
+    for made in missing {
+        match made.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => sync_folder(parent)?,
+            _ => sync_folder(Path::new("."))?,
+        }
+    }
+    Ok(())
 }
 
 /// Creates a file that must not be there yet, for writing and reading.

@@ -57,7 +57,7 @@ impl GenerationName {
         Self { epoch, batch, attempt }
     }
 
-    fn manifest_file(&self) -> String {
+    pub(super) fn manifest_file(&self) -> String {
         format!("{self}{MANIFEST_SUFFIX}")
     }
 }
@@ -336,6 +336,10 @@ pub struct SweepReport {
 /// Removes manifests and segments that none of the generations in `keep` names and that were written by epochs
 /// lower than `epoch`. To be called only after the first commit of that epoch. Other files, files of other
 /// jobs and files of this epoch are left alone; with an empty `keep` nothing is removed.
+///
+/// An owner that runs for long leaves merged segments and old manifests of its own epoch. Between two batches, with
+/// no generation prepared and the last ones of its own among `keep`, it may pass its epoch plus one. A later
+/// owner's files are of a higher epoch, and what they share with ours is named by our last generations.
 ///
 /// # Errors
 /// [`StoreError`] if a kept manifest can not be read, then nothing was removed; [`StoreError::Io`] if a file can

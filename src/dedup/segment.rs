@@ -658,7 +658,7 @@ impl Frame {
             return Err("its footer and the manifest disagree on keys or bytes".to_owned());
         }
         let sections = usize::try_from(sections).unwrap_or(usize::MAX);
-        let directory_bytes = bytes.checked_sub(directory_position).unwrap_or_default();
+        let directory_bytes = bytes.saturating_sub(directory_position);
         let fits = sections <= BUCKETS_MAX
             && directory_position >= HEADER_BYTES as u64
             && directory_bytes == (sections * ENTRY_BYTES + FOOTER_BYTES) as u64;

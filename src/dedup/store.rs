@@ -67,7 +67,7 @@ impl Generation {
         }
         for bucket in &manifest.buckets {
             if found.get(&bucket.bucket()) != Some(&bucket.tally()) {
-                let file = name.map(|name| name.to_string()).unwrap_or_default();
+                let file = name.map(|name| name.manifest_file()).unwrap_or_default();
                 let what = format!("the segments do not add up to the bucket of {}", bucket.from);
                 return Err(StoreError::corrupt(file, what));
             }
@@ -382,6 +382,11 @@ impl Store {
     /// End of the open first bucket; `None` before the first key. A rebuild needs it to make the same buckets.
     pub fn floor(&self) -> Option<EventTimeMs> {
         self.grid.map(|grid| grid.floor())
+    }
+
+    /// Width of a bucket, in milliseconds, that the manifest names. A rebuild needs it to make the same buckets.
+    pub fn bucket_width_ms(&self) -> i64 {
+        self.probed().manifest.bucket_width_ms
     }
 
     /// Sizes of the generation that probes use.

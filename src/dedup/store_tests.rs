@@ -510,6 +510,31 @@ fn sweep_removes_what_no_kept_generation_names_and_only_of_earlier_epochs() {
 }
 
 #[test]
+fn an_owner_that_runs_for_long_sweeps_its_own_merged_segments() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path(), None);
+    let mut last = Vec::new();
+    for batch in 0..20 {
+        store.probe(&keys(batch * 10, batch * 10 + 10)).unwrap();
+        last.push(commit(&mut store, 4, batch));
+        let keep = &last[last.len().saturating_sub(2)..];
+        sweep(folder.path(), keep, 4 + 1).unwrap();
+        let on_disk = files(folder.path()).len() as u64;
+        assert!(on_disk <= store.stats().segments + 2 + 7, "{on_disk} files after batch {batch}");
+        assert_eq!(count_new(&store.probe(&keys(0, batch * 10 + 10)).unwrap()), 0);
+    }
+    assert_eq!(verify(folder.path(), &last[19]).unwrap().keys, 200);
+}
+
+#[test]
+fn a_store_can_be_moved_to_the_thread_that_works_with_it() {
+    fn is_send<T: Send>() {}
+    is_send::<Store>();
+    is_send::<Builder>();
+    is_send::<StoreError>();
+}
+
+#[test]
 fn sweep_leaves_the_files_of_another_job_alone() {
     let (folder, reference) = folder_with(5);
     let other = StoreSpec { job_id: Uuid::nil(), ..spec(Repeats::AnyTime) };

@@ -56,7 +56,7 @@ pub fn verify(folder: &Path, generation: &GenerationRef) -> Result<VerifyReport,
     for bucket in &manifest.buckets {
         if found.get(&bucket.bucket()) != Some(&bucket.tally()) {
             let what = format!("the segments do not add up to the bucket of {}", bucket.from);
-            return Err(StoreError::corrupt(generation.name, what));
+            return Err(StoreError::corrupt(generation.name.manifest_file(), what));
         }
         report.keys += bucket.keys;
     }
