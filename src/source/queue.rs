@@ -77,8 +77,10 @@ pub(super) struct PartitionQueue<C: ConsumerContext> {
     head: Option<Event>,
     taken: Option<Event>,
     queue: NonNull<native::rd_kafka_queue_t>,
-    wake: Arc<Wake>,
-    client: Arc<BaseConsumer<C>>,
+    /// Kept alive for the callback.
+    _wake: Arc<Wake>,
+    /// Kept alive for queue and events.
+    _client: Arc<BaseConsumer<C>>,
 }
 
 // SAFETY: see (4) of the head of this file.
@@ -105,7 +107,7 @@ impl<C: ConsumerContext> PartitionQueue<C> {
             native::rd_kafka_queue_cb_event_enable(queue.as_ptr(), Some(on_event), argument);
             queue
         };
-        Some(Self { head: None, taken: None, queue, wake: Arc::clone(wake), client: Arc::clone(client) })
+        Some(Self { head: None, taken: None, queue, _wake: Arc::clone(wake), _client: Arc::clone(client) })
     }
 
     /// Looks at the head of the queue without waiting.
@@ -180,12 +182,6 @@ impl<C: ConsumerContext> PartitionQueue<C> {
     /// Forgets the record taken last: it would keep the whole fetched response in memory.
     pub fn forget_taken(&mut self) {
         self.taken = None;
-    }
-
-    /// The client whose queue this is.
-    #[cfg(test)]
-    pub fn client(&self) -> &Arc<BaseConsumer<C>> {
-        &self.client
     }
 }
 

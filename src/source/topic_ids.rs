@@ -61,12 +61,16 @@ impl Drop for Event {
     }
 }
 
-/// Asks for ids and partition counts. Blocks for at most `timeout`.
+/// Asks the broker `broker_id` for ids and partition counts. Blocks for at most `timeout`.
+///
+/// Any broker answers a Metadata request. Left alone, librdkafka would wait for the controller, which may be hidden
+/// behind a proxy and which its own broker for tests does not have.
 ///
 /// # Errors
 /// The code with which the request as a whole failed; a topic's own failure stands in its answer.
 pub(super) fn describe_topics<C: ClientContext>(
     client: &Client<C>,
+    broker_id: i32,
     topics: &[String],
     timeout: Duration,
 ) -> Result<Vec<TopicAnswer>, RDKafkaErrorCode> {
@@ -92,6 +96,15 @@ pub(super) fn describe_topics<C: ClientContext>(
         let refused = native::rd_kafka_AdminOptions_set_request_timeout(
             options.0.as_ptr(),
             timeout_ms,
+            ptr::null_mut(),
+            0,
+        );
+        if refused != native::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
+            return Err(refused.into());
+        }
+        let refused = native::rd_kafka_AdminOptions_set_broker(
+            options.0.as_ptr(),
+            broker_id,
             ptr::null_mut(),
             0,
         );

@@ -1,0 +1,764 @@
+//! Reading: records of all assigned topic partitions, in turns, up to limits and frozen ends.
+//!
+//! Flow: queue of a topic partition -> [`Slot::head`] (tail, gaps, ends, order) -> limits -> copy into the chunk
+//!
+//! A record that does not fit into a chunk stays at the head of its queue, so cuts may fall anywhere. A topic partition
+//! that is finished is not looked at again: its queue fills to its bound and librdkafka stops fetching.
+//!
+//! A record batch that fails its checksum is *skipped* by librdkafka, which reports it and goes on (2.12.1,
+//! `rdkafka_msgset_reader.c`, "Propagate CRC error to application and continue"). The report stands in the queue before
+//! the records after the gap, so nothing of them is taken: the client is thrown away and a new one reads from
+//! the next offset again, at most [`REREADS_MAX`] times without progress.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdkafka::consumer::Consumer;
+use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::ClientConfig;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::offset::{NextOffset, TopicPartition};
+use crate::record::{RecordChunk, RecordParts};
+use crate::source::client::{Context, KafkaClient};
+use crate::source::config::QueueSizes;
+use crate::source::connection::{Connection, client_error, is_unknown_topic, not_authorized};
+use crate::source::error::SourceError;
+use crate::source::queue::{Head, PartitionQueue, RecordView, Wake};
+use crate::source::ranges::{LostRange, Loss};
+
+/// How long a topic partition may give neither a record nor its end.
+pub const STALL_AFTER_DEFAULT: Duration = Duration::from_secs(60);
+/// Most records of one topic partition in a turn.
+const TURN_RECORDS_MAX: usize = 512;
+/// Longest wait before the queues are looked at again, whether woken or not.
+const WAIT_MAX: Duration = Duration::from_millis(50);
+/// Most new clients for one damaged record batch or range error before it is believed.
+const REREADS_MAX: u32 = 3;
+/// Pause before a damaged record batch is read again.
+const REREAD_AFTER: Duration = Duration::from_millis(200);
+/// Longest question for the range of a topic partition whose offset was refused.
+const RANGE_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// The last record consumed from a topic partition: what a later start compares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Tail {
+    /// Its offset.
+    pub offset: i64,
+    /// [`tail_hash`] of it.
+    pub hash: u64,
+}
+
+/// XXH3-64 of a record: offset, timestamp, key and payload, each with its presence and length, little-endian.
+pub fn tail_hash(offset: i64, timestamp_ms: Option<i64>, key: Option<&[u8]>, payload: Option<&[u8]>) -> u64 {
+    let mut hash = Xxh3::new();
+    hash.update(&offset.to_le_bytes());
+    hash.update(&[u8::from(timestamp_ms.is_some())]);
+    hash.update(&timestamp_ms.unwrap_or(0).to_le_bytes());
+    for bytes in [key, payload] {
+        hash.update(&[u8::from(bytes.is_some())]);
+        hash.update(&(bytes.map_or(0, <[u8]>::len) as u64).to_le_bytes());
+        hash.update(bytes.unwrap_or_default());
+    }
+    hash.digest()
+}
+
+fn tail_of(record: RecordView<'_>) -> Tail {
+    let hash = tail_hash(record.offset(), record.timestamp_ms(), record.key(), record.payload());
+    Tail { offset: record.offset(), hash }
+}
+
+/// What is read of one topic partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadPlan {
+    /// The topic partition.
+    pub topic_partition: TopicPartition,
+    /// First offset to read.
+    pub start: NextOffset,
+    /// Frozen end, exclusive; [`ReadPlan::no_end`] reads on for ever.
+    pub end: NextOffset,
+    /// Oldest offset that the broker holds: an older tail is not looked for.
+    pub low: NextOffset,
+    /// The last record consumed before `start`, to be compared. Must be `None` after the ledger jumped over offsets.
+    pub tail: Option<Tail>,
+}
+
+impl ReadPlan {
+    /// An `end` that is never reached: the topic partition is followed for ever.
+    pub fn no_end() -> NextOffset {
+        NextOffset::at(i64::MAX)
+    }
+}
+
+/// How a reader reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReaderOptions {
+    /// Whether headers are copied. Parsing them costs allocations per record.
+    pub headers: bool,
+    /// How long a topic partition may be silent, counted while [`Reader::read`] or [`Reader::verify_tails`] runs.
+    pub stall_after: Duration,
+}
+
+impl Default for ReaderOptions {
+    fn default() -> Self {
+        Self { headers: true, stall_after: STALL_AFTER_DEFAULT }
+    }
+}
+
+/// When a call of [`Reader::read`] returns at the latest. The first two bound the whole chunk, not the call.
+#[derive(Debug, Clone, Copy)]
+pub struct ReadLimits {
+    /// Most records in the chunk.
+    pub records_max: usize,
+    /// Most bytes of keys, payloads and headers in the chunk. A single record may be larger than this.
+    pub bytes_max: usize,
+    /// When to return with what is there.
+    pub deadline: Instant,
+}
+
+/// Why a call of [`Reader::read`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadStatus {
+    /// Every topic partition reached its frozen end; there will be no more records.
+    Exhausted,
+    /// The chunk is at one of its limits.
+    Full,
+    /// The deadline passed.
+    DeadlinePassed,
+}
+
+/// Reads the topic partitions of a plan. One thread at a time; may be moved between threads.
+pub struct Reader {
+    // Queues before the client: dropped first.
+    slots: Vec<Slot>,
+    client: Option<KafkaClient>,
+    wake: Arc<Wake>,
+    config: ClientConfig,
+    options: ReaderOptions,
+    brokers: String,
+    /// The slot whose turn is next.
+    turn: usize,
+    /// Time spent in this reader so far, against which silence is measured.
+    time_read: Duration,
+}
+
+impl std::fmt::Debug for Reader {
+    /// Shows no configuration: it may hold secrets.
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Reader").field("slots", &self.slots.len()).field("lag", &self.lag_left()).finish()
+    }
+}
+
+/// One topic partition of the plan.
+struct Slot {
+    topic_partition: TopicPartition,
+    start: NextOffset,
+    end: NextOffset,
+    next: NextOffset,
+    /// The last record consumed, of this run or an earlier one.
+    tail: Option<Tail>,
+    /// The tail that is still to be compared.
+    unchecked: Option<Tail>,
+    /// Nothing more is to be read of it.
+    finished: bool,
+    /// The fetcher stands at the end of what it may see.
+    at_end: bool,
+    /// Reader's time of the last progress.
+    moved_at: Duration,
+    /// Times it was read again since the last progress.
+    rereads: u32,
+    /// Last passing error since the last progress.
+    last_problem: Option<String>,
+    queue: Option<PartitionQueue<Context>>,
+}
+
+/// What stands next in a slot.
+enum Next {
+    /// Nothing yet.
+    Nothing,
+    /// A record that is to be delivered.
+    Record,
+    /// The frozen end.
+    Finished,
+}
+
+/// Why a slot can not go on by itself.
+enum Fault {
+    TailDiffers { offset: i64 },
+    WentBack { found: i64 },
+    Failed { code: RDKafkaErrorCode, problem: String },
+}
+
+impl Slot {
+    fn new(plan: ReadPlan) -> Self {
+        let ReadPlan { topic_partition, start, end, low, tail } = plan;
+        let unchecked = tail.filter(|tail| tail.offset >= low.get() && tail.offset < start.get());
+        Self {
+            topic_partition,
+            start,
+            end,
+            next: start,
+            tail,
+            unchecked,
+            finished: start >= end,
+            at_end: false,
+            moved_at: Duration::ZERO,
+            rereads: 0,
+            last_problem: None,
+            queue: None,
+        }
+    }
+
+    /// Whether it needs a queue: something is to be read or compared.
+    fn is_needed(&self) -> bool {
+        !self.finished || self.unchecked.is_some()
+    }
+
+    /// Whether silence is a fault: at the end of a log that is followed for ever it is not.
+    fn is_owed(&self) -> bool {
+        self.is_needed() && !(self.at_end && self.end == ReadPlan::no_end())
+    }
+
+    /// Where the fetcher begins: at the tail while that is to be compared.
+    fn fetch_from(&self) -> i64 {
+        self.unchecked.map_or(self.next.get(), |tail| tail.offset)
+    }
+
+    fn moved(&mut self, now: Duration) {
+        self.moved_at = now;
+        self.rereads = 0;
+        self.last_problem = None;
+    }
+
+    fn finish(&mut self) {
+        self.next = self.next.max(self.end);
+        self.finished = true;
+    }
+
+    /// Finds what stands next. All branching on what Kafka may deliver is here; [`Next::Record`] leaves the record at
+    /// the head of the queue.
+    fn head(&mut self, now: Duration) -> Result<Next, Fault> {
+        loop {
+            let Some(queue) = self.queue.as_mut() else {
+                return Ok(if self.finished { Next::Finished } else { Next::Nothing });
+            };
+            match queue.peek() {
+                Head::Empty => return Ok(Next::Nothing),
+                Head::Failed { code, problem } => return Err(Fault::Failed { code, problem }),
+                // Everything visible below this offset was delivered before this event. It may lie below `next` (the
+                // tail was compacted away and the log ends there) and below `end` (a new leader's high watermark
+                // lags): then more is to come.
+                Head::End { offset } => {
+                    self.moved(now);
+                    self.at_end = true;
+                    self.next = self.next.max(NextOffset::at(offset.min(self.end.get())));
+                    if offset >= self.start.get() {
+                        self.unchecked = None;
+                    }
+                    if self.next >= self.end && self.unchecked.is_none() {
+                        self.finish();
+                        return Ok(Next::Finished);
+                    }
+                }
+                Head::Record { offset } => {
+                    self.at_end = false;
+                    if let Some(tail) = self.unchecked {
+                        self.compare(tail)?;
+                        self.moved(now);
+                    }
+                    if offset >= self.end.get() {
+                        self.finish();
+                        return Ok(Next::Finished);
+                    }
+                    if offset >= self.next.get() {
+                        return Ok(Next::Record);
+                    }
+                    if self.next > self.start {
+                        return Err(Fault::WentBack { found: offset });
+                    }
+                    // The tail itself, or what stands before the start in the first record batch.
+                    if let Some(queue) = self.queue.as_mut() {
+                        queue.drop_head();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Compares the first record from the tail's offset on with the tail.
+    fn compare(&mut self, tail: Tail) -> Result<(), Fault> {
+        let found = self.queue.as_ref().and_then(PartitionQueue::record).map(tail_of);
+        if found.is_some_and(|found| differs(tail, found, self.start)) {
+            return Err(Fault::TailDiffers { offset: tail.offset });
+        }
+        self.unchecked = None;
+        Ok(())
+    }
+
+    /// Copies the record at the head into the chunk.
+    fn deliver(&mut self, slot: u32, chunk: &mut RecordChunk, headers: bool) {
+        let Some(queue) = self.queue.as_mut() else { return };
+        let Some(record) = queue.record() else { return };
+        chunk.push(RecordParts {
+            slot,
+            offset: record.offset(),
+            timestamp_ms: record.timestamp_ms(),
+            key: record.key(),
+            payload: record.payload(),
+        });
+        if headers {
+            record.for_each_header(|name, value| chunk.push_header(name, value));
+        }
+        self.next = NextOffset::after(record.offset());
+        queue.take();
+    }
+
+    /// Hashes the record taken last, if any was, and lets its memory go.
+    fn keep_tail(&mut self) {
+        if let Some(queue) = self.queue.as_mut() {
+            if let Some(record) = queue.taken() {
+                self.tail = Some(tail_of(record));
+            }
+            queue.forget_taken();
+        }
+    }
+}
+
+/// Whether the first record found from the tail's offset on proves that the log is another one.
+///
+/// A first record at or after the start means that the tail was compacted away: no proof. One between the two was
+/// not there when the tail was consumed, so the log was written again.
+fn differs(tail: Tail, found: Tail, start: NextOffset) -> bool {
+    found.offset < start.get() && found != tail
+}
+
+/// What a turn of one slot came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// Nothing stood in the queue.
+    Idle,
+    /// Records were taken or the slot finished.
+    Moved,
+    /// The chunk is full.
+    Full,
+}
+
+impl Reader {
+    /// Assigns the topic partitions of a plan. Slots are indices into the plan sorted by topic and partition.
+    ///
+    /// Starts a client of its own with queues sized for the plan; where nothing is to be read or compared, none. The
+    /// caller has checked the starts with [`crate::source::check_ranges`].
+    ///
+    /// # Errors
+    /// [`SourceError::Client`] if the client refuses the assignment.
+    ///
+    /// # Panics
+    /// If a topic partition stands twice in the plan.
+    pub fn assign(
+        connection: &Connection,
+        mut plan: Vec<ReadPlan>,
+        options: ReaderOptions,
+    ) -> Result<Self, SourceError> {
+        plan.sort_by(|one, other| one.topic_partition.cmp(&other.topic_partition));
+        assert!(
+            plan.windows(2).all(|pair| pair[0].topic_partition != pair[1].topic_partition),
+            "a topic partition stands once in a plan"
+        );
+        let slots: Vec<_> = plan.into_iter().map(Slot::new).collect();
+        let queues = slots.iter().filter(|slot| slot.is_needed()).count();
+        let mut config = connection.config.clone();
+        QueueSizes::plan(connection.queue_bytes, queues, connection.record_bytes_max).apply(&mut config);
+        let mut reader = Self {
+            slots,
+            client: None,
+            wake: Arc::new(Wake::default()),
+            config,
+            options,
+            brokers: connection.brokers.clone(),
+            turn: 0,
+            time_read: Duration::ZERO,
+        };
+        reader.start_client()?;
+        Ok(reader)
+    }
+
+    /// Starts a client at the slots' positions, in place of the one before, of which no event is ever seen again.
+    fn start_client(&mut self) -> Result<(), SourceError> {
+        for slot in &mut self.slots {
+            slot.keep_tail();
+            slot.queue = None;
+            slot.at_end = false;
+            slot.moved_at = self.time_read;
+        }
+        self.client = None;
+        if !self.slots.iter().any(Slot::is_needed) {
+            return Ok(());
+        }
+        let client = KafkaClient::start(&self.config)?;
+        let mut assignment = TopicPartitionList::new();
+        for slot in self.slots.iter_mut().filter(|slot| slot.is_needed()) {
+            let TopicPartition { topic, partition } = &slot.topic_partition;
+            // Before `assign`, so that no event comes by the common queue.
+            slot.queue = PartitionQueue::open(client.consumer(), topic, *partition, &self.wake);
+            if slot.queue.is_none() {
+                let problem = format!("no queue for {}", slot.topic_partition);
+                return Err(SourceError::Client { doing: "assigning", problem });
+            }
+            assignment
+                .add_partition_offset(topic, *partition, Offset::Offset(slot.fetch_from()))
+                .map_err(|error| client_error("assigning", &error))?;
+        }
+        client.consumer().assign(&assignment).map_err(|error| client_error("assigning", &error))?;
+        self.client = Some(client);
+        Ok(())
+    }
+
+    /// Waits until the last consumed record of every topic partition was compared or found to be gone. Records that
+    /// arrive meanwhile are kept for [`Reader::read`].
+    ///
+    /// # Errors
+    /// [`SourceError::TailDiffers`] lists every topic partition whose record differs; [`SourceError::Stalled`] if
+    /// `timeout` passes first; otherwise as [`Reader::read`].
+    pub fn verify_tails(&mut self, timeout: Duration) -> Result<(), SourceError> {
+        let begun = Instant::now();
+        let mut differing = Vec::new();
+        loop {
+            let mut waiting = None;
+            for index in 0..self.slots.len() {
+                if self.slots[index].unchecked.is_none() {
+                    continue;
+                }
+                match self.slots[index].head(self.time_read) {
+                    Ok(_) => {}
+                    Err(Fault::TailDiffers { offset }) => {
+                        let slot = &mut self.slots[index];
+                        slot.unchecked = None;
+                        differing.push((slot.topic_partition.clone(), offset));
+                    }
+                    Err(fault) => self.resolve(index, fault)?,
+                }
+                if self.slots[index].unchecked.is_some() {
+                    waiting = Some(index);
+                }
+            }
+            let Some(index) = waiting else { break };
+            if begun.elapsed() >= timeout {
+                return Err(self.stalled(index, begun.elapsed()));
+            }
+            self.wait(timeout.saturating_sub(begun.elapsed()))?;
+        }
+        if differing.is_empty() { Ok(()) } else { Err(SourceError::TailDiffers { places: differing }) }
+    }
+
+    /// Appends records to the chunk until a limit, the deadline, or the frozen end of every topic partition.
+    ///
+    /// Topic partitions take turns of at most 512 records. Tails that were not compared by
+    /// [`Reader::verify_tails`] are compared here.
+    ///
+    /// # Errors
+    /// Nothing at or after [`Reader::positions`] was delivered, so a new reader from there goes on.
+    /// [`SourceError::OffsetsLost`], [`SourceError::UnknownTopic`], [`SourceError::NotAuthorized`],
+    /// [`SourceError::Damaged`], [`SourceError::TailDiffers`]: a person decides. [`SourceError::Stalled`],
+    /// [`SourceError::Away`]: try again later.
+    pub fn read(&mut self, chunk: &mut RecordChunk, limits: ReadLimits) -> Result<ReadStatus, SourceError> {
+        let status = self.read_in_turns(chunk, limits);
+        for slot in &mut self.slots {
+            slot.keep_tail();
+        }
+        status
+    }
+
+    fn read_in_turns(
+        &mut self,
+        chunk: &mut RecordChunk,
+        limits: ReadLimits,
+    ) -> Result<ReadStatus, SourceError> {
+        loop {
+            let round_begun = Instant::now();
+            let mut moved = false;
+            for _ in 0..self.slots.len() {
+                let index = self.turn;
+                match self.take_turn(index, chunk, limits) {
+                    // The slot keeps its turn for the next chunk.
+                    Ok(Turn::Full) if self.slots.iter().any(Slot::is_needed) => return Ok(ReadStatus::Full),
+                    Ok(Turn::Full) => return Ok(ReadStatus::Exhausted),
+                    Ok(turn) => {
+                        moved |= turn == Turn::Moved;
+                        self.turn = (index + 1) % self.slots.len();
+                    }
+                    Err(Fault::TailDiffers { offset }) => {
+                        let topic_partition = self.slots[index].topic_partition.clone();
+                        return Err(SourceError::TailDiffers { places: vec![(topic_partition, offset)] });
+                    }
+                    Err(fault) => self.resolve(index, fault)?,
+                }
+            }
+            if !self.slots.iter().any(Slot::is_needed) {
+                return Ok(ReadStatus::Exhausted);
+            }
+            self.time_read += round_begun.elapsed();
+            let now = Instant::now();
+            if now >= limits.deadline {
+                return Ok(ReadStatus::DeadlinePassed);
+            }
+            if moved {
+                self.serve()?;
+            } else {
+                self.wait(limits.deadline - now)?;
+            }
+            self.check_stall()?;
+        }
+    }
+
+    /// Takes up to a turn's records of one slot.
+    fn take_turn(
+        &mut self,
+        index: usize,
+        chunk: &mut RecordChunk,
+        limits: ReadLimits,
+    ) -> Result<Turn, Fault> {
+        let slot = &mut self.slots[index];
+        if !slot.is_needed() {
+            return Ok(Turn::Idle);
+        }
+        let number = u32::try_from(index).expect("a plan has fewer than 2^32 topic partitions");
+        let mut turn = Turn::Idle;
+        for _ in 0..TURN_RECORDS_MAX {
+            match slot.head(self.time_read)? {
+                Next::Nothing => return Ok(turn),
+                Next::Finished => return Ok(Turn::Moved),
+                Next::Record if is_full(chunk, slot, limits) => return Ok(Turn::Full),
+                Next::Record => {
+                    slot.deliver(number, chunk, self.options.headers);
+                    slot.moved(self.time_read);
+                    turn = Turn::Moved;
+                    if slot.next >= slot.end {
+                        slot.finish();
+                    }
+                    // At once, not when the next record shows: it may be long in coming.
+                    if is_at_limit(chunk, limits) {
+                        return Ok(Turn::Full);
+                    }
+                    if slot.finished {
+                        return Ok(turn);
+                    }
+                }
+            }
+        }
+        Ok(turn)
+    }
+
+    /// Decides on a fault: an error, or a note and another try.
+    fn resolve(&mut self, index: usize, fault: Fault) -> Result<(), SourceError> {
+        let slot = &mut self.slots[index];
+        let topic_partition = slot.topic_partition.clone();
+        let (code, problem) = match fault {
+            Fault::TailDiffers { offset } => {
+                return Err(SourceError::TailDiffers { places: vec![(topic_partition, offset)] });
+            }
+            Fault::WentBack { found } => {
+                return Err(SourceError::WentBack { topic_partition, expected: slot.next, found });
+            }
+            Fault::Failed { code, problem } => (code, problem),
+        };
+        match code {
+            RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
+                self.out_of_range(index, problem)
+            }
+            RDKafkaErrorCode::BadMessage
+            | RDKafkaErrorCode::BadCompression
+            | RDKafkaErrorCode::InvalidMessage => self.read_again(index, problem),
+            RDKafkaErrorCode::TopicAuthorizationFailed => Err(not_authorized(&topic_partition.topic, code)),
+            code if is_unknown_topic(code) => {
+                Err(SourceError::UnknownTopic { topic: topic_partition.topic, nearest: Vec::new() })
+            }
+            _ => {
+                tracing::debug!(%topic_partition, ?code, "{problem}");
+                slot.last_problem = Some(problem);
+                Ok(())
+            }
+        }
+    }
+
+    /// An offset was refused: says exactly what is lost, or tries again where nothing is.
+    fn out_of_range(&mut self, index: usize, problem: String) -> Result<(), SourceError> {
+        let Some(client) = self.client.as_ref() else { return Ok(()) };
+        let slot = &mut self.slots[index];
+        let TopicPartition { topic, partition } = &slot.topic_partition;
+        let asked = client.consumer().fetch_watermarks(topic, *partition, RANGE_TIME_MAX);
+        let (low, end) = asked.map_err(|error| client_error("asking for the range of a log", &error))?;
+        let next = slot.next.get();
+        let lost = |from, to, loss| {
+            let (from, to) = (NextOffset::at(from), NextOffset::at(to));
+            let range = LostRange { topic_partition: slot.topic_partition.clone(), from, to, loss };
+            Err(SourceError::OffsetsLost { ranges: vec![range] })
+        };
+        if next < low {
+            return lost(next, low, Loss::Removed);
+        }
+        if next > end {
+            return lost(end, next, Loss::Truncated);
+        }
+        // Only the tail was removed, between the question for `low` and the first fetch: no difference.
+        if slot.unchecked.is_some_and(|tail| tail.offset < low) {
+            slot.unchecked = None;
+        }
+        self.read_again(index, problem)
+    }
+
+    /// Reads again from the next offsets, with a new client, a bounded number of times.
+    fn read_again(&mut self, index: usize, problem: String) -> Result<(), SourceError> {
+        let slot = &mut self.slots[index];
+        slot.rereads += 1;
+        if slot.rereads > REREADS_MAX {
+            return Err(SourceError::Damaged {
+                topic_partition: slot.topic_partition.clone(),
+                next: slot.next,
+                reads: slot.rereads,
+                problem,
+            });
+        }
+        tracing::warn!(topic_partition = %slot.topic_partition, next = %slot.next, "{problem}; reading again");
+        slot.last_problem = Some(problem);
+        std::thread::sleep(REREAD_AFTER);
+        self.start_client()
+    }
+
+    /// Waits for an event, at most `longest` and never long.
+    fn wait(&mut self, longest: Duration) -> Result<(), SourceError> {
+        let begun = Instant::now();
+        self.wake.wait(longest.min(WAIT_MAX));
+        self.time_read += begun.elapsed();
+        self.serve()
+    }
+
+    fn serve(&self) -> Result<(), SourceError> {
+        self.client.as_ref().map_or(Ok(()), KafkaClient::serve)
+    }
+
+    fn check_stall(&self) -> Result<(), SourceError> {
+        let silent = |slot: &Slot| self.time_read.saturating_sub(slot.moved_at);
+        let longest = (0..self.slots.len())
+            .filter(|&index| self.slots[index].is_owed())
+            .max_by_key(|&index| silent(&self.slots[index]));
+        match longest {
+            Some(index) if silent(&self.slots[index]) >= self.options.stall_after => {
+                Err(self.stalled(index, silent(&self.slots[index])))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Names the cause of silence: no broker at all, or this topic partition.
+    fn stalled(&self, index: usize, waited: Duration) -> SourceError {
+        let slot = &self.slots[index];
+        let said = self.client.as_ref().map(|client| client.context().last_error());
+        let last = slot.last_problem.clone().or(said).unwrap_or_default();
+        let reachable = self.client.as_ref().is_some_and(|client| {
+            client.consumer().fetch_metadata(Some(&slot.topic_partition.topic), RANGE_TIME_MAX / 5).is_ok()
+        });
+        if reachable {
+            SourceError::Stalled {
+                topic_partition: slot.topic_partition.clone(),
+                next: slot.next,
+                end: slot.end,
+                waited,
+                last,
+            }
+        } else {
+            SourceError::Away { brokers: self.brokers.clone(), doing: "reading", waited, last }
+        }
+    }
+
+    /// The topic partition of each slot.
+    pub fn topic_partitions(&self) -> impl ExactSizeIterator<Item = &TopicPartition> {
+        self.slots.iter().map(|slot| &slot.topic_partition)
+    }
+
+    /// The next offset of each slot: after the last delivered record, past control records and gaps that were seen to
+    /// be empty, and the frozen end once it is reached.
+    pub fn positions(&self) -> Vec<NextOffset> {
+        self.slots.iter().map(|slot| slot.next).collect()
+    }
+
+    /// The last record consumed of each slot; the plan's own tail where no record came, `None` where there was none.
+    pub fn tails(&self) -> Vec<Option<Tail>> {
+        self.slots.iter().map(|slot| slot.tail).collect()
+    }
+
+    /// Whether each slot stands at the end of what a committed reader may see, as far as is known.
+    pub fn at_end(&self) -> Vec<bool> {
+        self.slots.iter().map(|slot| slot.at_end || (slot.finished && slot.end != ReadPlan::no_end())).collect()
+    }
+
+    /// Offsets between the positions and the frozen ends, as far as these are finite.
+    pub fn lag_left(&self) -> u64 {
+        let left = |slot: &Slot| {
+            if slot.end == ReadPlan::no_end() {
+                0
+            } else {
+                u64::try_from(slot.end.get() - slot.next.get()).unwrap_or(0)
+            }
+        };
+        self.slots.iter().map(left).sum()
+    }
+}
+
+fn is_at_limit(chunk: &RecordChunk, limits: ReadLimits) -> bool {
+    chunk.len() >= limits.records_max || chunk.payload_bytes() >= limits.bytes_max
+}
+
+/// Whether the record at the head of a slot is to wait for the next chunk.
+fn is_full(chunk: &RecordChunk, slot: &Slot, limits: ReadLimits) -> bool {
+    if is_at_limit(chunk, limits) {
+        return true;
+    }
+    let Some(record) = slot.queue.as_ref().and_then(PartitionQueue::record) else { return false };
+    let bytes = record.key().map_or(0, <[u8]>::len) + record.payload().map_or(0, <[u8]>::len);
+    !chunk.is_empty() && chunk.payload_bytes() + bytes > limits.bytes_max
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tail(offset: i64, hash: u64) -> Tail {
+        Tail { offset, hash }
+    }
+
+    #[test]
+    fn a_tail_that_was_compacted_away_is_no_difference_and_a_record_in_its_gap_is_one() {
+        let start = NextOffset::at(20);
+        assert!(!differs(tail(10, 7), tail(10, 7), start));
+        assert!(differs(tail(10, 7), tail(10, 8), start));
+        assert!(!differs(tail(10, 7), tail(20, 1), start));
+        assert!(!differs(tail(10, 7), tail(35, 1), start));
+        assert!(differs(tail(10, 7), tail(11, 7), start));
+        assert!(differs(tail(10, 7), tail(19, 1), start));
+    }
+
+    #[test]
+    fn a_tail_hash_tells_null_from_empty_and_key_from_payload() {
+        let hashes = [
+            tail_hash(1, None, None, None),
+            tail_hash(2, None, None, None),
+            tail_hash(1, Some(0), None, None),
+            tail_hash(1, None, Some(b""), None),
+            tail_hash(1, None, None, Some(b"")),
+            tail_hash(1, None, Some(b"a"), Some(b"b")),
+            tail_hash(1, None, Some(b"ab"), Some(b"")),
+            tail_hash(1, None, Some(b""), Some(b"ab")),
+        ];
+        let distinct: std::collections::BTreeSet<_> = hashes.iter().collect();
+        assert_eq!(distinct.len(), hashes.len());
+    }
+
+    #[test]
+    fn the_tail_hash_never_changes_because_ledgers_hold_it() {
+        assert_eq!(tail_hash(42, Some(1_700_000_000_000), Some(b"key"), Some(b"payload")), PINNED);
+    }
+
+    /// From the first release; a change here makes every ledger's tail differ.
+    const PINNED: u64 = 17_878_484_584_324_921_617;
+}
