@@ -17,7 +17,7 @@
 //!
 //! Bounds: the client's queues hold what [`Connection::open`] was given, soft by one fetched response per topic
 //! partition; every question ends after [`ANSWER_TIME_MAX`], a silent topic partition after
-//! [`ReaderOptions::stall_after`], closing after three seconds.
+//! [`ReaderOptions::stall_after`], closing after two seconds.
 //!
 //! Unsafe code stands in two files, each with its argument: `topic_ids` and `queue`.
 
@@ -35,7 +35,7 @@ mod tests;
 
 pub use connection::{ANSWER_TIME_MAX, ClusterFacts, Connection, TopicFacts};
 pub use error::{ACLS_NEEDED, SourceError};
-pub use ranges::{LostRange, Loss, OffsetRange, check_ranges};
+pub use ranges::{Loss, LostRange, OffsetRange, check_ranges};
 pub use reader::{
     ReadLimits, ReadPlan, ReadStatus, Reader, ReaderOptions, STALL_AFTER_DEFAULT, Tail, tail_hash,
 };

@@ -16,7 +16,7 @@ use crate::source::error::SourceError;
 
 /// Longest wait for a client to close. Nothing depends on it: we are no member of a group and commit nothing that is
 /// read again, so a client that can not close is left to the end of the process.
-const CLOSE_TIME_MAX: Duration = Duration::from_secs(3);
+const CLOSE_TIME_MAX: Duration = Duration::from_secs(2);
 /// Most events of the client itself (logs, errors, replies) served at a time.
 const EVENTS_SERVED_MAX: usize = 16;
 
@@ -34,6 +34,7 @@ struct Reports {
 pub(super) struct Context {
     reports: Mutex<Reports>,
     commit_failed: AtomicBool,
+    group_refused: AtomicBool,
 }
 
 impl Context {
@@ -46,6 +47,11 @@ impl Context {
     /// Why the brokers refuse the connection, if they do.
     pub fn refused(&self) -> Option<String> {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner).refused.clone()
+    }
+
+    /// Whether the principal may not use the consumer group.
+    pub fn is_group_refused(&self) -> bool {
+        self.group_refused.load(Ordering::Relaxed)
     }
 
     /// Notes a failed advisory commit: once, at debug, because nothing reads those offsets back.
@@ -75,6 +81,7 @@ impl ClientContext for Context {
         let code = error.rdkafka_error_code();
         if matches!(code, Some(RDKafkaErrorCode::GroupAuthorizationFailed)) {
             // The group is only written for lag tools; reading never needs it.
+            self.group_refused.store(true, Ordering::Relaxed);
             return;
         }
         tracing::debug!(target: "librdkafka", ?code, "{text}");

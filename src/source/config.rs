@@ -6,7 +6,9 @@
 //! 2. Nothing here is printed: not the configuration, not a refused value, not the client's text about one.
 //!
 //! Bounds: [`QueueSizes`] splits the client's share of the memory budget over the topic partitions that are read.
-//! librdkafka's limits are soft by one fetched response per topic partition; the split leaves room for it.
+//! librdkafka's limits are soft: a queue below them takes one more response, whose size is limited as it is on the
+//! wire, compressed. The split leaves half for that, which holds up to a compression of about four; a log that is
+//! compressed better takes more by as much.
 
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
@@ -20,7 +22,7 @@ const RECORD_OVERHEAD_BYTES: u64 = 512;
 const QUEUED_RECORDS_MIN: u64 = 64;
 /// Smallest and largest request for one topic partition. A larger record batch still comes whole (KIP-74).
 const FETCH_BYTES_MIN: u64 = 16 << 10;
-const FETCH_BYTES_MAX: u64 = 4 << 20;
+const FETCH_BYTES_MAX: u64 = 1 << 20;
 /// Bounds of one response of a broker: librdkafka raises less to its `message.max.bytes`, its own default is the most.
 const RESPONSE_BYTES_MIN: u64 = 1_000_000;
 const RESPONSE_BYTES_MAX: u64 = 52_428_800;
@@ -64,17 +66,17 @@ pub(super) struct QueueSizes {
 }
 
 impl QueueSizes {
-    /// Splits `queue_bytes` over `topic_partitions` queues: half for payload, a quarter for the response that may
-    /// come on top, the rest for what a record costs beside its bytes.
+    /// Splits `queue_bytes` over `topic_partitions` queues: a quarter for payload, a quarter for what records cost
+    /// beside it, half for the response that may come on top, which is a sixteenth before it is decompressed.
     pub fn plan(queue_bytes: u64, topic_partitions: usize, record_bytes_max: u64) -> Self {
         let share = queue_bytes / (topic_partitions.max(1) as u64);
-        let fetch_bytes = (share / 4).clamp(FETCH_BYTES_MIN, FETCH_BYTES_MAX);
-        let response_bytes = (queue_bytes / 4).clamp(RESPONSE_BYTES_MIN, RESPONSE_BYTES_MAX);
+        let fetch_bytes = (share / 16).clamp(FETCH_BYTES_MIN, FETCH_BYTES_MAX);
+        let response_bytes = (queue_bytes / 16).clamp(RESPONSE_BYTES_MIN, RESPONSE_BYTES_MAX);
         let receive_bytes = (response_bytes + record_bytes_max.saturating_mul(2) + PROTOCOL_BYTES)
             .clamp(RECEIVE_BYTES_DEFAULT, i32::MAX as u64);
         Self {
-            queued_records: (share / 2 / RECORD_OVERHEAD_BYTES).clamp(QUEUED_RECORDS_MIN, 10_000_000),
-            queued_kib: (share / 2 / 1024).clamp(1, 2_097_151),
+            queued_records: (share / 4 / RECORD_OVERHEAD_BYTES).clamp(QUEUED_RECORDS_MIN, 10_000_000),
+            queued_kib: (share / 4 / 1024).clamp(1, 2_097_151),
             fetch_bytes,
             response_bytes,
             receive_bytes,
@@ -118,6 +120,9 @@ pub(super) fn client_config(source: &KafkaSource, job_name: &str) -> Result<Clie
     for (property, value) in FIXED {
         config.set(property, value);
     }
+    if config.get("debug").is_some() {
+        config.set_log_level(RDKafkaLogLevel::Debug);
+    }
     check_each(&config)?;
     Ok(config)
 }
@@ -128,7 +133,8 @@ fn check_each(config: &ClientConfig) -> Result<(), SourceError> {
         Ok(_) => Ok(()),
         Err(rdkafka::error::KafkaError::ClientConfig(result, _, property, _)) => {
             let unknown = result == rdkafka::types::RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN;
-            let problem = if unknown { "is not a property of librdkafka" } else { "has a value that is refused" };
+            let problem =
+                if unknown { "is not a property of librdkafka" } else { "has a value that is refused" };
             Err(SourceError::Property { property, problem: problem.to_owned() })
         }
         Err(_) => Err(SourceError::Property {
@@ -199,7 +205,8 @@ mod tests {
         for partitions in [1, 2, 32, 1_000] {
             for queue_bytes in [32 << 20, 256 << 20, 1 << 30] {
                 let sizes = QueueSizes::plan(queue_bytes, partitions, 64 << 20);
-                let each = sizes.queued_kib * 1024 + sizes.fetch_bytes;
+                let heads = sizes.queued_records * RECORD_OVERHEAD_BYTES;
+                let each = sizes.queued_kib * 1024 + heads + sizes.fetch_bytes;
                 assert!(each * partitions as u64 <= queue_bytes, "{sizes:?}");
                 assert!(sizes.receive_bytes > 64 << 20);
                 assert!(sizes.receive_bytes >= sizes.response_bytes + 512);

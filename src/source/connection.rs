@@ -151,7 +151,10 @@ impl Connection {
                         return Err(self.unknown_topic(answer.topic));
                     }
                     Err(RDKafkaErrorCode::TopicAuthorizationFailed) => {
-                        return Err(not_authorized(&answer.topic, RDKafkaErrorCode::TopicAuthorizationFailed));
+                        return Err(not_authorized(
+                            &answer.topic,
+                            RDKafkaErrorCode::TopicAuthorizationFailed,
+                        ));
                     }
                     Err(code) => {
                         asked.again(code)?;
@@ -177,7 +180,10 @@ impl Connection {
             .fetch_metadata(self.topics.first().map(String::as_str), timeout)
             .map_err(|error| code_of(&error))?;
         let brokers = metadata.brokers();
-        brokers.get(tries % brokers.len().max(1)).map(|broker| broker.id()).ok_or(RDKafkaErrorCode::AllBrokersDown)
+        brokers
+            .get(tries % brokers.len().max(1))
+            .map(|broker| broker.id())
+            .ok_or(RDKafkaErrorCode::AllBrokersDown)
     }
 
     /// Asks what the broker holds of each topic partition. `end` is the last stable offset: librdkafka sends the
@@ -278,21 +284,25 @@ impl Connection {
     /// Writes next offsets to the consumer group, for lag tools. Does not wait; nothing reads them back (R4), so a
     /// failure is noted once at debug.
     pub fn commit_group_offsets(&self, positions: &BTreeMap<TopicPartition, NextOffset>) {
+        // Replies to earlier commits and to the search for the group's coordinator wait here.
+        if let Err(error) = self.client.serve() {
+            tracing::debug!(%error, "unexpected event on the client that asks");
+        }
+        let context = self.client.context();
+        if context.is_group_refused() {
+            // A commit would wait for a coordinator for ever and hold up the end of the client.
+            return context
+                .note_failed_commit(&KafkaError::Global(RDKafkaErrorCode::GroupAuthorizationFailed));
+        }
         let mut list = TopicPartitionList::with_capacity(positions.len());
         for (topic_partition, next) in positions {
             let TopicPartition { topic, partition } = topic_partition;
             if let Err(error) = list.add_partition_offset(topic, *partition, Offset::Offset(next.get())) {
-                self.client.context().note_failed_commit(&error);
-                return;
+                return context.note_failed_commit(&error);
             }
         }
-        let sent = self.client.consumer().commit(&list, CommitMode::Async);
-        if let Err(error) = sent {
-            self.client.context().note_failed_commit(&error);
-        }
-        // Replies to earlier commits wait here.
-        if let Err(error) = self.client.serve() {
-            tracing::debug!(%error, "unexpected event on the client that asks");
+        if let Err(error) = self.client.consumer().commit(&list, CommitMode::Async) {
+            context.note_failed_commit(&error);
         }
     }
 

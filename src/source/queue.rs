@@ -117,7 +117,8 @@ impl<C: ConsumerContext> PartitionQueue<C> {
         }
         loop {
             // SAFETY: the queue is alive.
-            let Some(event) = NonNull::new(unsafe { native::rd_kafka_queue_poll(self.queue.as_ptr(), 0) }) else {
+            let Some(event) = NonNull::new(unsafe { native::rd_kafka_queue_poll(self.queue.as_ptr(), 0) })
+            else {
                 return Head::Empty;
             };
             // SAFETY: the event is alive and owned here until `take_event` hands it on or destroys it.
@@ -283,5 +284,6 @@ impl<'a> RecordView<'a> {
 /// `start` must be null or the start of `length` readable bytes that live for `'a`.
 unsafe fn bytes<'a>(start: *mut c_void, length: usize) -> Option<&'a [u8]> {
     // SAFETY: by this function's contract.
-    NonNull::new(start.cast::<u8>()).map(|start| unsafe { std::slice::from_raw_parts(start.as_ptr(), length) })
+    NonNull::new(start.cast::<u8>())
+        .map(|start| unsafe { std::slice::from_raw_parts(start.as_ptr(), length) })
 }

@@ -44,8 +44,12 @@ impl fmt::Display for LostRange {
         let Self { topic_partition, from, to, loss } = self;
         match loss {
             Loss::Removed => write!(out, "{topic_partition} [{from}, {to}) was removed before it was read"),
-            Loss::Truncated => write!(out, "{topic_partition} [{from}, {to}) was read and is cut off the log"),
-            Loss::PartitionGone => write!(out, "{topic_partition} [{from}, {to}): the topic partition is gone"),
+            Loss::Truncated => {
+                write!(out, "{topic_partition} [{from}, {to}) was read and is cut off the log")
+            }
+            Loss::PartitionGone => {
+                write!(out, "{topic_partition} [{from}, {to}): the topic partition is gone")
+            }
         }
     }
 }

@@ -13,10 +13,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
-use rdkafka::ClientConfig;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::offset::{NextOffset, TopicPartition};
@@ -26,7 +26,7 @@ use crate::source::config::QueueSizes;
 use crate::source::connection::{Connection, client_error, is_unknown_topic, not_authorized};
 use crate::source::error::SourceError;
 use crate::source::queue::{Head, PartitionQueue, RecordView, Wake};
-use crate::source::ranges::{LostRange, Loss};
+use crate::source::ranges::{Loss, LostRange};
 
 /// How long a topic partition may give neither a record nor its end.
 pub const STALL_AFTER_DEFAULT: Duration = Duration::from_secs(60);
@@ -689,7 +689,10 @@ impl Reader {
 
     /// Whether each slot stands at the end of what a committed reader may see, as far as is known.
     pub fn at_end(&self) -> Vec<bool> {
-        self.slots.iter().map(|slot| slot.at_end || (slot.finished && slot.end != ReadPlan::no_end())).collect()
+        self.slots
+            .iter()
+            .map(|slot| slot.at_end || (slot.finished && slot.end != ReadPlan::no_end()))
+            .collect()
     }
 
     /// Offsets between the positions and the frozen ends, as far as these are finite.

@@ -69,7 +69,10 @@ fn send(producer: &BaseProducer, topic: &str, partition: i32, payloads: std::ops
 }
 
 /// A plan from `starts`, or from low, to the end that is seen now.
-fn plan(connection: &Connection, starts: &BTreeMap<TopicPartition, (NextOffset, Option<Tail>)>) -> Vec<ReadPlan> {
+fn plan(
+    connection: &Connection,
+    starts: &BTreeMap<TopicPartition, (NextOffset, Option<Tail>)>,
+) -> Vec<ReadPlan> {
     let all = connection.describe().unwrap().topic_partitions();
     let held = connection.offsets(&all).unwrap();
     held.into_iter()
@@ -105,7 +108,12 @@ fn drain(reader: &mut Reader, records_max: usize, bytes_max: usize) -> Vec<(u32,
     }
 }
 
-fn expected(topic: &str, partition: i32, slot: u32, offsets: std::ops::Range<i64>) -> Vec<(u32, i64, String)> {
+fn expected(
+    topic: &str,
+    partition: i32,
+    slot: u32,
+    offsets: std::ops::Range<i64>,
+) -> Vec<(u32, i64, String)> {
     offsets.map(|offset| (slot, offset, format!("{topic}-{partition}-{offset}"))).collect()
 }
 
@@ -134,10 +142,7 @@ fn an_unknown_topic_is_named_with_the_nearest_that_exists() {
     let cluster = cluster(&[("notifications.sent", 1), ("orders", 1)]);
     let error = connect(&cluster, &["notification.sent"]).describe().unwrap_err();
     let text = error.to_string();
-    assert_eq!(
-        text,
-        "topic notification.sent does not exist on this cluster; nearest: notifications.sent"
-    );
+    assert_eq!(text, "topic notification.sent does not exist on this cluster; nearest: notifications.sent");
     assert_eq!(error.reason(), crate::stop::Reason::UnknownTopic);
 }
 
@@ -210,9 +215,8 @@ fn an_end_event_below_the_frozen_end_does_not_finish_a_topic_partition() {
     let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
     let mut chunk = RecordChunk::default();
     let deadline = Instant::now() + Duration::from_secs(2);
-    let early = reader
-        .read(&mut chunk, ReadLimits { records_max: 100, bytes_max: 1 << 20, deadline })
-        .unwrap();
+    let early =
+        reader.read(&mut chunk, ReadLimits { records_max: 100, bytes_max: 1 << 20, deadline }).unwrap();
     assert_eq!((early, chunk.len()), (ReadStatus::DeadlinePassed, 10));
     assert_eq!(reader.at_end(), [true]);
     send(&sender, "t", 0, 10..20);
@@ -250,7 +254,8 @@ fn a_second_run_goes_on_where_the_first_stopped_without_loss_or_repeat() {
     let mut starts = BTreeMap::new();
     let mut records = Vec::new();
     for _ in 0..4 {
-        let mut reader = Reader::assign(&connection, plan(&connection, &starts), ReaderOptions::default()).unwrap();
+        let mut reader =
+            Reader::assign(&connection, plan(&connection, &starts), ReaderOptions::default()).unwrap();
         reader.verify_tails(PATIENCE).unwrap();
         let mut chunk = RecordChunk::default();
         reader.read(&mut chunk, limits(250, 1 << 20)).unwrap();
@@ -274,10 +279,12 @@ fn a_tail_is_compared_even_where_nothing_is_left_to_read() {
     send(&sender, "t", 0, 0..10);
     send(&sender, "t", 1, 0..10);
     let connection = connect(&cluster, &["t"]);
-    let mut first = Reader::assign(&connection, plan(&connection, &BTreeMap::new()), ReaderOptions::default()).unwrap();
+    let mut first =
+        Reader::assign(&connection, plan(&connection, &BTreeMap::new()), ReaderOptions::default()).unwrap();
     drain(&mut first, 100, 1 << 20);
     let tails = first.tails();
-    let start = |partition: i32, next: i64, tail| (TopicPartition::new("t", partition), (NextOffset::at(next), tail));
+    let start =
+        |partition: i32, next: i64, tail| (TopicPartition::new("t", partition), (NextOffset::at(next), tail));
 
     let same = BTreeMap::from([start(0, 10, tails[0]), start(1, 10, tails[1])]);
     let mut reader = Reader::assign(&connection, plan(&connection, &same), ReaderOptions::default()).unwrap();
@@ -287,7 +294,8 @@ fn a_tail_is_compared_even_where_nothing_is_left_to_read() {
 
     let other = tails[1].map(|tail| Tail { hash: tail.hash ^ 1, ..tail });
     let differing = BTreeMap::from([start(0, 10, tails[0]), start(1, 10, other)]);
-    let mut reader = Reader::assign(&connection, plan(&connection, &differing), ReaderOptions::default()).unwrap();
+    let mut reader =
+        Reader::assign(&connection, plan(&connection, &differing), ReaderOptions::default()).unwrap();
     let error = reader.verify_tails(PATIENCE).unwrap_err();
     let place = (TopicPartition::new("t", 1), 9);
     assert!(matches!(&error, SourceError::TailDiffers { places } if *places == [place]), "{error:?}");
@@ -300,7 +308,8 @@ fn a_tail_that_differs_is_found_by_read_as_well_and_nothing_is_delivered() {
     let connection = connect(&cluster, &["t"]);
     let tail = Some(Tail { offset: 4, hash: 1 });
     let starts = BTreeMap::from([(TopicPartition::new("t", 0), (NextOffset::at(5), tail))]);
-    let mut reader = Reader::assign(&connection, plan(&connection, &starts), ReaderOptions::default()).unwrap();
+    let mut reader =
+        Reader::assign(&connection, plan(&connection, &starts), ReaderOptions::default()).unwrap();
     let mut chunk = RecordChunk::default();
     let error = reader.read(&mut chunk, limits(100, 1 << 20)).unwrap_err();
     assert!(matches!(error, SourceError::TailDiffers { .. }), "{error:?}");
@@ -321,7 +330,8 @@ fn records_keep_null_and_empty_keys_payloads_and_headers_apart() {
     send(BaseRecord::to("t").partition(0).key("k").payload("p").headers(headers));
     sender.flush(PATIENCE).unwrap();
     let connection = connect(&cluster, &["t"]);
-    let mut reader = Reader::assign(&connection, plan(&connection, &BTreeMap::new()), ReaderOptions::default()).unwrap();
+    let mut reader =
+        Reader::assign(&connection, plan(&connection, &BTreeMap::new()), ReaderOptions::default()).unwrap();
     let mut chunk = RecordChunk::default();
     assert_eq!(reader.read(&mut chunk, limits(100, 1 << 20)).unwrap(), ReadStatus::Exhausted);
     let records: Vec<_> = chunk.iter().collect();
@@ -464,7 +474,8 @@ fn thousands_of_records_of_many_topic_partitions_arrive_through_small_queues() {
     }
     let connection = Connection::open(&job(cluster.bootstrap_servers(), &["t"]), 1 << 20, "test").unwrap();
     let begun = Instant::now();
-    let mut reader = Reader::assign(&connection, plan(&connection, &BTreeMap::new()), ReaderOptions::default()).unwrap();
+    let mut reader =
+        Reader::assign(&connection, plan(&connection, &BTreeMap::new()), ReaderOptions::default()).unwrap();
     let records = drain(&mut reader, 1_000, 1 << 20);
     for partition in 0..32 {
         let slot = u32::try_from(partition).unwrap();

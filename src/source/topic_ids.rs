@@ -87,7 +87,8 @@ pub(super) fn describe_topics<C: ClientContext>(
         let owned = |problem| move || problem;
         let queue = NonNull::new(native::rd_kafka_queue_new(client.native_ptr())).map(Queue);
         let queue = queue.ok_or_else(owned(RDKafkaErrorCode::CriticalSystemResource))?;
-        let collection = native::rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len());
+        let collection =
+            native::rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len());
         let collection = NonNull::new(collection).map(Topics);
         let collection = collection.ok_or_else(owned(RDKafkaErrorCode::CriticalSystemResource))?;
         let api = native::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS;
@@ -102,12 +103,8 @@ pub(super) fn describe_topics<C: ClientContext>(
         if refused != native::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
             return Err(refused.into());
         }
-        let refused = native::rd_kafka_AdminOptions_set_broker(
-            options.0.as_ptr(),
-            broker_id,
-            ptr::null_mut(),
-            0,
-        );
+        let refused =
+            native::rd_kafka_AdminOptions_set_broker(options.0.as_ptr(), broker_id, ptr::null_mut(), 0);
         if refused != native::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
             return Err(refused.into());
         }
@@ -152,8 +149,9 @@ unsafe fn answer(
     }
     // SAFETY: the pointer is valid by this function's contract; name and id are not null in a description.
     unsafe {
-        let topic =
-            CStr::from_ptr(native::rd_kafka_TopicDescription_name(description)).to_string_lossy().into_owned();
+        let topic = CStr::from_ptr(native::rd_kafka_TopicDescription_name(description))
+            .to_string_lossy()
+            .into_owned();
         let error = native::rd_kafka_TopicDescription_error(description);
         if !error.is_null() {
             return Ok(TopicAnswer { topic, facts: Err(native::rd_kafka_error_code(error).into()) });
