@@ -10,12 +10,13 @@ import subprocess
 from pathlib import Path
 from types import TracebackType
 
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import (
     AclBinding,
     AclOperation,
     AclPermissionType,
     AdminClient,
-    ConfigResource,
+    NewPartitions,
     NewTopic,
     ResourcePatternType,
     ResourceType,
@@ -68,6 +69,8 @@ log.segment.bytes=67108864
 log.cleaner.dedupe.buffer.size=8388608
 # a compacted topic is cleaned as soon as it is dirty
 log.cleaner.backoff.ms=100
+# event times of generated records lie in the past; nothing is old here
+log.retention.ms=-1
 # a start after kill -9 waits for the old registration to expire
 broker.session.timeout.ms=2000
 broker.heartbeat.interval.ms=500
@@ -141,11 +144,18 @@ class Broker:
         made = self.admin.create_topics([NewTopic(name, partitions, 1, config=settings)])
         made[name].result(timeout=30)
 
-    def set_topic_config(self, name: str, **config: str) -> None:
-        """Replaces the settings of a topic."""
-        settings = {key.replace("_", "."): value for key, value in config.items()}
-        resource = ConfigResource(ConfigResource.Type.TOPIC, name, set_config=settings)
-        self.admin.alter_configs([resource])[resource].result(timeout=30)
+    def add_partitions(self, topic: str, count: int) -> None:
+        """Raises the number of a topic's partitions to `count`."""
+        self.admin.create_partitions([NewPartitions(topic, count)])[topic].result(timeout=30)
+
+    def delete_topic(self, topic: str) -> None:
+        """Deletes a topic."""
+        self.admin.delete_topics([topic])[topic].result(timeout=30)
+
+    def delete_records(self, topic: str, partition: int, before: int) -> None:
+        """Deletes the records below an offset, as retention does."""
+        place = TopicPartition(topic, partition, before)
+        self.admin.delete_records([place])[place].result(timeout=30)
 
     def allow_reading(self, *topics: str) -> None:
         """Grants `reader` READ and DESCRIBE on these topics, and nothing else."""

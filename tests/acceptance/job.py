@@ -1,0 +1,255 @@
+"""A job as a test writes it, the program that runs it, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyiceberg.catalog import Catalog
+from pyiceberg.catalog.rest import RestCatalog as PyicebergRestCatalog
+from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.exceptions import NoSuchTableError
+
+from readers import DuckdbReader, PyicebergReader
+from services.kafka import READER_PASSWORD
+from truth import LogTruth
+
+RUN_S_MAX = 600
+
+
+def binary() -> Path:
+    """The program under test; `tests/run` names it."""
+    named = os.environ.get("TIDEMILL_BIN")
+    target = os.environ.get("CARGO_TARGET_DIR") or Path.home() / ".cache/tidemill/target"
+    path = Path(named) if named else Path(target) / "release" / "tidemill"
+    assert path.exists(), f"{path} does not exist; run tests/run, or cargo build --release"
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished command left: its exit code and what it printed."""
+
+    command: list[str]
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The JSON objects of `--json`, in order."""
+        return [json.loads(line) for line in self.stdout.splitlines() if line.startswith("{")]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """The objects of one kind."""
+        return [line for line in self.events if line.get("event") == event]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last object."""
+        return self.events[-1]
+
+    def expect(self, exit_code: int) -> Outcome:
+        """Fails with everything that was printed unless the exit code is this one."""
+        assert self.exit_code == exit_code, (
+            f"{' '.join(self.command)} ended with {self.exit_code}, not {exit_code}\n"
+            f"--- stdout\n{self.stdout[-6000:]}\n--- stderr\n{self.stderr[-6000:]}"
+        )
+        return self
+
+    def expect_stop(self, exit_code: int, reason: str) -> dict[str, Any]:
+        """The stop object; it must carry this reason and code, say what happened and how to go on."""
+        self.expect(exit_code)
+        stop = self.last
+        assert (stop.get("event"), stop.get("reason"), stop.get("exit_code")) == ("stop", reason, exit_code), stop
+        assert stop["what"].strip() and stop["way_out"].strip(), stop
+        return stop
+
+
+def tidemill(*words: str | Path, environment: dict[str, str] | None = None, timeout_s: float = RUN_S_MAX) -> Outcome:
+    """Runs a command to its end."""
+    command = [str(binary()), *map(str, words)]
+    child = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, env=_environment(environment), stdin=subprocess.DEVNULL
+    )
+    return Outcome(command, child.returncode, child.stdout, child.stderr)
+
+
+@contextmanager
+def started(*words: str | Path, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs beside the test and is killed at the end if it still does."""
+    child = subprocess.Popen(
+        [str(binary()), *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+        env=_environment(environment),
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+        child.communicate()
+
+
+def _environment(more: dict[str, str] | None) -> dict[str, str]:
+    return {**os.environ, "KAFKA_PASSWORD": READER_PASSWORD, "NO_COLOR": "1", **(more or {})}
+
+
+# Columns that every generated event fills; the path of a column defaults to its name.
+COLUMNS = """
+event_id = { type = "string", required = true }
+event_type = { type = "string", required = true }
+event_time = { type = "timestamptz", path = "$.ts", unit = "ms", required = true }
+notification_id = { type = "string" }
+user_id = { type = "string" }
+campaign_id = { type = "string" }
+channel = { type = "string" }
+provider = { type = "string", path = "$.delivery.provider" }
+"""
+
+
+@dataclass
+class Job:
+    """A job file in a folder of its own, with everything that it writes beside it."""
+
+    folder: Path
+    topics: list[str]
+    kafka: dict[str, str]
+    name: str = "notifications"
+    start: str = "earliest"
+    memory: str = "512 MiB"
+    columns: str = COLUMNS
+    table: str = "events.notifications"
+    catalog: dict[str, str] = field(default_factory=dict)
+    microbatch: dict[str, str | int] = field(default_factory=dict)
+    max_ratio: float = 0.05
+    decode: dict[str, str] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+    state_dir: Path | None = None
+    s3: dict[str, str] | None = None
+    file_name: str = "job.toml"
+
+    def __post_init__(self) -> None:
+        if not self.catalog:
+            self.catalog = {
+                "type": "sql",
+                "uri": f"sqlite:{self.folder}/catalog.db",
+                "warehouse": f"file://{self.folder}/warehouse",
+            }
+        self.write()
+
+    @property
+    def path(self) -> Path:
+        """The job file."""
+        return self.folder / self.file_name
+
+    def write(self) -> Job:
+        """Writes the job file as the fields now say."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            "version = 1",
+            f"name = {_toml(self.name)}",
+            f"memory = {_toml(self.memory)}",
+            f"state_dir = {_toml(self.state_dir or self.folder / 'state')}",
+            "[source.kafka]",
+            f"topics = {json.dumps(self.topics)}",
+            f"start = {_toml(self.start)}",
+            *_members(self.source),
+            "[source.kafka.properties]",
+            *_members(self.kafka),
+            "[decode]",
+            'format = "json"',
+            *_members(self.decode),
+            "[decode.columns]",
+            self.columns.strip(),
+            "[event_time]",
+            'column = "event_time"',
+            "[dedup]",
+            'key = ["event_id"]',
+            'window = "7 days"',
+            "[microbatch]",
+            *_members(self.microbatch),
+            "[sink.iceberg]",
+            f"table = {_toml(self.table)}",
+            'partition_by = ["day(event_time)"]',
+            "catalog = { " + ", ".join(_members(self.catalog)) + " }",
+            f'dead_letters = {{ table = "{self.table}_dead_letters", max_ratio = {self.max_ratio} }}',
+        ]
+        self.path.write_text("\n".join(lines) + "\n")
+        return self
+
+    def run(self, *words: str, environment: dict[str, str] | None = None, timeout_s: float = RUN_S_MAX) -> Outcome:
+        """One drain."""
+        return tidemill("run", self.path, "--json", *words, environment=environment, timeout_s=timeout_s)
+
+    def follow(self, stop: dict[str, Any]) -> Outcome:
+        """Runs the command that a stop names, as the user would type it."""
+        return tidemill(*named_command(stop, self.path))
+
+    def open_catalog(self) -> Catalog:
+        """The job's catalog, through pyiceberg."""
+        kind, uri, warehouse = (self.catalog[name] for name in ("type", "uri", "warehouse"))
+        if kind == "rest":
+            return PyicebergRestCatalog("test", uri=uri, warehouse=warehouse, **(self.s3 or {}))
+        path = uri.removeprefix("sqlite:")
+        return SqlCatalog("tidemill", uri=f"sqlite:///{path}", warehouse=warehouse)
+
+    def reader(self) -> PyicebergReader:
+        """The main table through the catalog and pyiceberg."""
+        return PyicebergReader(self.open_catalog().load_table(self.table))
+
+    def letters(self) -> list[dict[str, Any]]:
+        """The rows of the dead-letter table; none if the table is not there."""
+        try:
+            table = self.open_catalog().load_table(f"{self.table}_dead_letters")
+        except NoSuchTableError:
+            return []
+        return table.scan().to_arrow().to_pylist()
+
+    def duckdb(self, metadata_location: str | None = None) -> DuckdbReader:
+        """The main table through DuckDB."""
+        return DuckdbReader(metadata_location or self.reader().table.metadata_location, self.s3)
+
+    def check_against(self, truth: LogTruth) -> None:
+        """Both readers see exactly the truth: every event once, none more, by type, and each refused place once."""
+        ours = self.reader()
+        ours.check_metadata_columns()
+        ids = ours.ids()
+        assert len(ids) == len(truth.events), f"pyiceberg counts {len(ids)} rows, the truth is {len(truth.events)}"
+        assert set(ids) == truth.events.keys(), "pyiceberg sees other events than the topics hold"
+        assert ours.by_type() == truth.by_type
+        theirs = self.duckdb(ours.table.metadata_location)
+        assert theirs.count() == len(truth.events)
+        assert theirs.distinct() == len(truth.events)
+        assert theirs.by_type() == truth.by_type
+        assert theirs.differences(set(truth.events)) == (0, 0), "(missing, extra) as DuckDB sees them"
+        places = sorted(
+            (row["_kafka_topic"], row["_kafka_partition"], row["_kafka_offset"], row["_kafka_index"])
+            for row in self.letters()
+        )
+        assert places == sorted(tuple(place) for place in truth.letters), "the dead letters are not the refused rows"
+
+
+def named_command(stop: dict[str, Any], job_path: Path) -> list[str]:
+    """The words after `tidemill` of the first command that a stop names in backticks or on a line of its own."""
+    text = stop["way_out"]
+    found = re.search(r"`tidemill ([^`\n]+)`", text) or re.search(r"\btidemill ((?:[a-z-]+ )+\S*\.toml[^\n;,)]*)", text)
+    assert found, f"the way out names no command: {text}"
+    words = found.group(1).split()
+    return [str(job_path) if word in ("JOB", "<JOB>") else word for word in words]
+
+
+def _members(values: dict[str, Any]) -> list[str]:
+    return [f'"{name}" = {_toml(value)}' for name, value in values.items()]
+
+
+def _toml(value: Any) -> str:
+    return str(value) if isinstance(value, (int, float)) else json.dumps(str(value), ensure_ascii=False)
