@@ -36,7 +36,7 @@ def rest_catalog(tmp_path: Path, s3: S3Server) -> Iterator[RestCatalog]:
         yield catalog
 
 
-class Place:
+class Corner:
     """A test's corner: a folder, a prefix for its topics, and makers of jobs, feeds and truths on them."""
 
     def __init__(self, folder: Path, broker: Broker, name: str) -> None:
@@ -64,6 +64,6 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, broker: Broker, request: pytest.FixtureRequest) -> Place:
+def place(tmp_path: Path, broker: Broker, request: pytest.FixtureRequest) -> Corner:
     """The test's corner."""
-    return Place(tmp_path, broker, re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:40])
+    return Corner(tmp_path, broker, re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:40])

@@ -1,7 +1,7 @@
 """Prints "PASSED FAILED" from a JUnit report. A test that was skipped proved nothing and counts as failed."""
 
 import sys
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 suite = ElementTree.parse(sys.argv[1]).getroot().find("testsuite")
 assert suite is not None, "a report has one suite"

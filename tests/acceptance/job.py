@@ -78,7 +78,12 @@ def tidemill(*words: str | Path, environment: dict[str, str] | None = None, time
     """Runs a command to its end."""
     command = [str(binary()), *map(str, words)]
     child = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_s, env=_environment(environment), stdin=subprocess.DEVNULL
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=_environment(environment),
+        stdin=subprocess.DEVNULL,
     )
     return Outcome(command, child.returncode, child.stdout, child.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pyiceberg.table import Table
 
 from readers import PyicebergReader
-from truth import LogTruth
+from truth import LogTruth, Place
 
 Offsets = dict[tuple[str, int], int]
 
@@ -80,7 +81,7 @@ def check_chain(table: Table) -> list[Commit]:
     commits = history(table)
     assert commits, "the table carries no commit of the job"
     assert commits[0].kind == "start", f"the first commit is {commits[0].kind}"
-    for before, after in zip(commits, commits[1:], strict=False):
+    for before, after in itertools.pairwise(commits):
         step = f"snapshot {after.snapshot_id} ({after.kind}) after {before.snapshot_id} ({before.kind})"
         assert after.sequence == before.sequence + 1, f"{step}: sequence {before.sequence} -> {after.sequence}"
         assert after.batch == before.batch + (after.kind == "data"), f"{step}: batch {before.batch} -> {after.batch}"
@@ -104,15 +105,15 @@ def check_conservation(table: Table, truth: LogTruth) -> list[Commit]:
     """
     assert truth.keep_rows, "conservation needs every row"
     commits = check_chain(table)
-    written_by_batch: dict[int, set[tuple[str, int, int, int]]] = {}
+    written_by_batch: dict[int, set[Place]] = {}
     for place, batch in PyicebergReader(table).places().items():
-        written_by_batch.setdefault(batch, set()).add(tuple(place))
+        written_by_batch.setdefault(batch, set()).add(place)
     seen: set[str] = set()
-    for before, commit in zip(commits, commits[1:], strict=False):
+    for before, commit in itertools.pairwise(commits):
         if commit.kind != "data":
             continue
         rows = list(truth.rows_between(before.ends, commit.ends))
-        good = {tuple(place): row.event_id for place, row in rows if row.event_id is not None}
+        good = {place: row.event_id for place, row in rows if row.event_id is not None}
         fresh = set(good.values()) - seen
         counts = commit.counts
         name = f"batch {commit.batch} (snapshot {commit.snapshot_id})"

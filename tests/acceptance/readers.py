@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from collections import Counter
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -77,8 +76,8 @@ class DuckdbReader:
         self.connection = duckdb.connect()
         self.connection.execute("set timezone = 'UTC'")
         for name in ("httpfs", "avro", "iceberg"):
-            package = os.path.dirname(import_module(f"duckdb_extension_{name}").__file__ or "")
-            binary = glob.glob(f"{package}/extensions/*/{name}.duckdb_extension")[0]
+            package = Path(import_module(f"duckdb_extension_{name}").__file__ or "").parent
+            binary = next(package.glob(f"extensions/*/{name}.duckdb_extension"))
             self.connection.execute(f"load '{binary}'")
         if s3:
             host = s3["s3.endpoint"].removeprefix("http://")

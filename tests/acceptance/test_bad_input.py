@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import ledger
-from conftest import Place
+from conftest import Corner
 from events import NOW_MS, event
 
 REASON = "reason_code"
@@ -47,7 +47,7 @@ BAD: list[tuple[Any, str]] = [
     (event(7, ts="yesterday"), "wrong_type"),
     (event(8, delivery="not an object"), "wrong_type"),
     (event(9, ts=10**18), "out_of_range"),
-    (raw('"ts2":1').replace(b'"ts": ', b'"ts": 1e400, "old": '), "out_of_range"),
+    (b'{"event_id":"a","event_type":"sent","ts":1e400}', "out_of_range"),
     (without("event_type"), "missing_required"),
     (event(10, event_type=None), "missing_required"),
     (without("event_id"), "null_key"),
@@ -59,7 +59,7 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
-def test_each_kind_of_bad_record_stands_in_the_dead_letter_table_under_its_reason(place: Place) -> None:
+def test_each_kind_of_bad_record_stands_in_the_dead_letter_table_under_its_reason(place: Corner) -> None:
     topic = place.topic()
     feed = place.feed(topic)
     for value, _ in BAD:
@@ -82,7 +82,7 @@ def test_each_kind_of_bad_record_stands_in_the_dead_letter_table_under_its_reaso
     assert large["payload_bytes"] > 5 << 20, "a record that is not kept leaves its length"
 
 
-def test_nul_unknown_fields_and_missing_timestamps_are_no_faults(place: Place) -> None:
+def test_nul_unknown_fields_and_missing_timestamps_are_no_faults(place: Corner) -> None:
     topic = place.topic()
     feed = place.feed(topic)
     feed.send(event(1, user="a\x00b", campaign_id="zero\x00byte"), event(2, extra={"any": ["thing"]}))
@@ -99,16 +99,18 @@ def test_nul_unknown_fields_and_missing_timestamps_are_no_faults(place: Place) -
     assert [row[REASON] for row in job.letters()] == ["event_time_ahead"], "without timestamp the cut time judges"
 
 
-def test_unknown_fields_are_kept_when_the_job_says_so(place: Place) -> None:
+def test_unknown_fields_are_kept_when_the_job_says_so(place: Corner) -> None:
     topic = place.topic()
     place.feed(topic).send(event(1), event(2, extra={"any": ["thing"], "n": 1}))
     job = place.job(topic, decode={"unknown_fields": "keep"})
     job.run().expect(0)
-    kept = {row["event_id"]: row["unknown_fields"] for row in job.reader().columns("event_id", "unknown_fields").to_pylist()}
+    kept = {
+        row["event_id"]: row["unknown_fields"] for row in job.reader().columns("event_id", "unknown_fields").to_pylist()
+    }
     assert json.loads(kept[event(2)["event_id"]])["extra"] == {"any": ["thing"], "n": 1}
 
 
-def test_unknown_fields_are_refused_when_the_job_says_so(place: Place) -> None:
+def test_unknown_fields_are_refused_when_the_job_says_so(place: Corner) -> None:
     topic = place.topic()
     known = {"event_id": "a", "event_type": "sent", "ts": NOW_MS}
     place.feed(topic).send(known, {**known, "event_id": "b", "extra": 1})
@@ -118,7 +120,7 @@ def test_unknown_fields_are_refused_when_the_job_says_so(place: Place) -> None:
     assert [row[REASON] for row in job.letters()] == ["unknown_field"]
 
 
-def test_an_array_is_split_into_rows_with_their_index_and_bad_elements_are_refused_alone(place: Place) -> None:
+def test_an_array_is_split_into_rows_with_their_index_and_bad_elements_are_refused_alone(place: Corner) -> None:
     topic = place.topic()
     place.feed(topic).send([event(1), event(2), 17, event(1)], event(3))
     job = place.job(topic, decode={"arrays": "split"})
@@ -130,7 +132,7 @@ def test_an_array_is_split_into_rows_with_their_index_and_bad_elements_are_refus
     assert [(row["_kafka_index"], row[REASON]) for row in job.letters()] == [(2, "not_an_object")]
 
 
-def test_an_array_is_one_dead_letter_when_the_job_says_so(place: Place) -> None:
+def test_an_array_is_one_dead_letter_when_the_job_says_so(place: Corner) -> None:
     topic = place.topic()
     place.feed(topic).send([event(1), event(2)], event(3))
     job = place.job(topic, decode={"arrays": "dead_letter"})
@@ -139,7 +141,7 @@ def test_an_array_is_one_dead_letter_when_the_job_says_so(place: Place) -> None:
     assert [row[REASON] for row in job.letters()] == ["array_refused"]
 
 
-def test_a_corrected_resend_of_a_dead_letter_is_written_and_every_batch_conserves_its_rows(place: Place) -> None:
+def test_a_corrected_resend_of_a_dead_letter_is_written_and_every_batch_conserves_its_rows(place: Corner) -> None:
     topic = place.topic(partitions=3)
     feed = place.feed(topic)
     job = place.job(topic, microbatch={"max_records": 700}, max_ratio=0.5)
@@ -157,7 +159,7 @@ def test_a_corrected_resend_of_a_dead_letter_is_written_and_every_batch_conserve
     assert truth.by_reason == {"missing_required": 100, "not_an_object": 3}
 
 
-def test_too_many_dead_letters_stop_the_run_with_nothing_committed(place: Place) -> None:
+def test_too_many_dead_letters_stop_the_run_with_nothing_committed(place: Corner) -> None:
     topic = place.topic()
     feed = place.feed(topic)
     feed.send(*(event(number) for number in range(1_500)), flush=False)
@@ -177,7 +179,7 @@ def test_too_many_dead_letters_stop_the_run_with_nothing_committed(place: Place)
     ledger.check_conservation(job.reader().table, truth)
 
 
-def test_good_rows_beside_bad_ones_of_every_generated_kind_are_all_written(place: Place) -> None:
+def test_good_rows_beside_bad_ones_of_every_generated_kind_are_all_written(place: Corner) -> None:
     from test_waves import generate, topics_of
 
     topics = topics_of(place.prefix)

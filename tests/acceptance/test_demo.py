@@ -25,7 +25,7 @@ def count_by_both(metadata_location: str) -> tuple[int, int]:
 
 def test_the_demo_writes_every_event_of_a_million_once(tmp_path: Path) -> None:
     last = demo(tmp_path / "demo").expect(0).last
-    assert PROMISED <= last.keys(), PROMISED - last.keys()
+    assert last.keys() >= PROMISED, PROMISED - last.keys()
     assert last["written"] == last["expected_written"]
     assert last["consumed"] >= 1_000_000 and last["duplicate"] > 0
     assert last["consumed"] == last["written"] + last["duplicate"] + last["dead_letter"] + last["filtered"]

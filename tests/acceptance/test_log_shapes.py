@@ -5,7 +5,7 @@ import json
 from confluent_kafka import Producer
 
 import ledger
-from conftest import Place
+from conftest import Corner
 from events import Feed, event
 from services import wait_until
 from truth import LogTruth
@@ -22,13 +22,13 @@ def transaction(producer: Producer, topic: str, numbers: range, commit: bool) ->
         producer.abort_transaction()
 
 
-def transactional_producer(place: Place) -> Producer:
+def transactional_producer(place: Corner) -> Producer:
     producer = Producer({"bootstrap.servers": place.broker.bootstrap, "transactional.id": place.prefix})
     producer.init_transactions(60)
     return producer
 
 
-def test_aborted_records_are_not_written_and_a_control_record_at_the_end_does_not_stop_the_drain(place: Place) -> None:
+def test_aborted_records_are_not_written_and_a_control_record_at_the_end_does_not_stop_the_drain(place: Corner) -> None:
     topic = place.topic()
     producer = transactional_producer(place)
     for start, commit in ((0, True), (100, False), (50, True), (200, False)):
@@ -42,7 +42,7 @@ def test_aborted_records_are_not_written_and_a_control_record_at_the_end_does_no
     assert job.run(timeout_s=120).expect(0).last["counts"]["consumed"] == 0
 
 
-def test_a_topic_of_nothing_but_aborted_records_moves_the_offsets_and_writes_nothing(place: Place) -> None:
+def test_a_topic_of_nothing_but_aborted_records_moves_the_offsets_and_writes_nothing(place: Corner) -> None:
     topic = place.topic()
     transaction(transactional_producer(place), topic, range(500), commit=False)
     job = place.job(topic)
@@ -53,7 +53,7 @@ def test_a_topic_of_nothing_but_aborted_records_moves_the_offsets_and_writes_not
     assert job.reader().count() == 0
 
 
-def test_an_open_transaction_is_read_after_it_is_committed(place: Place) -> None:
+def test_an_open_transaction_is_read_after_it_is_committed(place: Corner) -> None:
     topic = place.topic()
     Feed(place.broker.bootstrap, topic).send(*(event(number) for number in range(10)))
     producer = transactional_producer(place)
@@ -68,7 +68,7 @@ def test_an_open_transaction_is_read_after_it_is_committed(place: Place) -> None
     job.check_against(place.truth(topic))
 
 
-def test_gaps_that_compaction_left_are_no_loss(place: Place) -> None:
+def test_gaps_that_compaction_left_are_no_loss(place: Corner) -> None:
     topic = place.topic(
         cleanup_policy="compact", min_cleanable_dirty_ratio="0.01", segment_ms="100", max_compaction_lag_ms="1",
         min_compaction_lag_ms="0",
@@ -98,7 +98,7 @@ def test_gaps_that_compaction_left_are_no_loss(place: Place) -> None:
     assert job.run(timeout_s=120).expect(0).last["counts"]["consumed"] == 0
 
 
-def test_a_first_run_with_latest_on_a_quiet_topic_takes_the_fifty_events_that_come_after_it(place: Place) -> None:
+def test_a_first_run_with_latest_on_a_quiet_topic_takes_the_fifty_events_that_come_after_it(place: Corner) -> None:
     topic = place.topic(partitions=2)
     feed = place.feed(topic).send(*(event(number) for number in range(30)))
     job = place.job(topic, start="latest")
@@ -109,7 +109,7 @@ def test_a_first_run_with_latest_on_a_quiet_topic_takes_the_fifty_events_that_co
     assert set(job.reader().ids()) == {event(number)["event_id"] for number in range(100, 150)}
 
 
-def test_partitions_added_later_are_read_from_their_beginning(place: Place) -> None:
+def test_partitions_added_later_are_read_from_their_beginning(place: Corner) -> None:
     topic = place.topic()
     feed = place.feed(topic).send(*(event(number) for number in range(100)))
     job = place.job(topic)

@@ -11,7 +11,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 import ledger
-from conftest import Place
+from conftest import Corner
 from events import event
 from job import Job, tidemill
 from services import Broker, RestCatalog, S3Server
@@ -48,7 +48,7 @@ def check_offsets(job: Job, truth: LogTruth) -> None:
     assert consumed == truth.consumed, "batches together consumed other than the topics hold"
 
 
-def test_four_waves_of_four_topics_become_an_exact_table_for_a_principal_that_only_reads(place: Place) -> None:
+def test_four_waves_of_four_topics_become_an_exact_table_for_a_principal_that_only_reads(place: Corner) -> None:
     prefix, wave = place.prefix, EVENTS // WAVES
     topics = topics_of(prefix)
     for topic in topics:
@@ -70,7 +70,7 @@ def test_four_waves_of_four_topics_become_an_exact_table_for_a_principal_that_on
     assert nothing.last["counts"]["consumed"] == 0 and not nothing.of("commit"), "a run without news commits nothing"
 
 
-def test_deleting_or_resetting_the_consumer_group_changes_nothing(place: Place) -> None:
+def test_deleting_or_resetting_the_consumer_group_changes_nothing(place: Corner) -> None:
     topic = place.topic(partitions=2)
     feed = place.feed(topic).send(*(event(number) for number in range(2_000)))
     job = place.job(topic)
@@ -101,7 +101,7 @@ def groups_with_offsets_of(admin: AdminClient, topic: str) -> set[str]:
 
 
 def test_a_wave_through_tls_a_rest_catalog_and_s3_is_exact(
-    place: Place, rest_catalog: RestCatalog, s3: S3Server
+    place: Corner, rest_catalog: RestCatalog, s3: S3Server
 ) -> None:
     prefix = place.prefix
     topics = topics_of(prefix)

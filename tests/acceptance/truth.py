@@ -30,7 +30,7 @@ class Place(NamedTuple):
     topic: str
     partition: int
     offset: int
-    index: int = 0
+    row_index: int = 0
 
 
 class Row(NamedTuple):
@@ -168,7 +168,7 @@ class LogTruth:
         kind, timestamp = message.timestamp()
         rows = rows_of(message.value(), timestamp if kind and timestamp >= 0 else None)
         for index, row in enumerate(rows):
-            place = Place(message.topic(), message.partition(), message.offset(), index)
+            place = Place(*_partition_of(message), _offset_of(message), index)
             self.consumed += 1
             if row.event_id is None:
                 assert row.reason is not None, "a row is an event or has a reason"
@@ -205,6 +205,18 @@ class LogTruth:
                     yield place, row
 
 
+def _partition_of(message: Message) -> tuple[str, int]:
+    topic, partition = message.topic(), message.partition()
+    assert topic is not None and partition is not None, "a message of an assignment names its topic partition"
+    return topic, partition
+
+
+def _offset_of(message: Message) -> int:
+    offset = message.offset()
+    assert offset is not None, "a message of an assignment, and an end, has an offset"
+    return offset
+
+
 def partitions_of(bootstrap: str, topics: list[str]) -> list[TopicPartition]:
     """All topic partitions of these topics."""
     metadata = AdminClient({"bootstrap.servers": bootstrap}).list_topics(timeout=20)
@@ -228,9 +240,7 @@ def _list_offsets(bootstrap: str, topics: list[str], which: OffsetSpec) -> dict[
     return {(partition.topic, partition.partition): answer.result().offset for partition, answer in answers.items()}
 
 
-def _read(
-    bootstrap: str, starts: dict[tuple[str, int], int], ends: dict[tuple[str, int], int]
-) -> Iterator[Message]:
+def _read(bootstrap: str, starts: dict[tuple[str, int], int], ends: dict[tuple[str, int], int]) -> Iterator[Message]:
     """Every committed record in `[start, end)`. The end may be a control record, so only EOF tells that it is reached."""
     waiting = {partition for partition, end in ends.items() if starts.get(partition, 0) < end}
     if not waiting:
@@ -252,13 +262,12 @@ def _read(
         while waiting:
             for message in consumer.consume(20_000, timeout=1.0):
                 heard = time.monotonic()
-                partition = (message.topic(), message.partition())
-                error = message.error()
+                partition, offset, error = _partition_of(message), _offset_of(message), message.error()
                 if error is not None and error.code() != KafkaError._PARTITION_EOF:
                     raise RuntimeError(f"{partition}: {error}")
-                if error is None and message.offset() < ends[partition]:
+                if error is None and offset < ends[partition]:
                     yield message
-                if message.offset() + (error is None) >= ends[partition]:
+                if offset + (error is None) >= ends[partition]:
                     waiting.discard(partition)
             if time.monotonic() - heard > IDLE_S_MAX:
                 raise TimeoutError(f"no end of {sorted(waiting)} within {IDLE_S_MAX} s")

@@ -113,7 +113,9 @@ class Broker:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -190,7 +192,19 @@ class Broker:
     def _format(self) -> None:
         user = f"SCRAM-SHA-512=[name={READER},password={READER_PASSWORD}]"
         config = self.folder / "server.properties"
-        _run([*self._java(), "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(config), "--add-scram", user])
+        _run(
+            [
+                *self._java(),
+                "kafka.tools.StorageTool",
+                "format",
+                "-t",
+                CLUSTER_ID,
+                "-c",
+                str(config),
+                "--add-scram",
+                user,
+            ]
+        )
 
     def _make_certificate(self) -> None:
         store = ["-alias", "broker", "-keystore", str(self.folder / "broker.p12"), "-storepass", "changeit"]

@@ -1,0 +1,72 @@
+"""A disk that fills up under the warehouse or the state folder: a named stop, and the next run goes on."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ledger
+import snapshots
+from conftest import Corner
+from events import event
+from job import Job, tidemill
+
+DISK_BYTES = 6 << 20
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A memory disk of [`DISK_BYTES`]; needs the right to mount."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tidemill-test", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def fill_up(disk: Path, leave_bytes: int) -> Path:
+    """Takes all but `leave_bytes` of the disk."""
+    ballast = disk / "ballast"
+    ballast.write_bytes(b"\0" * (DISK_BYTES - leave_bytes - (64 << 10)))
+    return ballast
+
+
+def goes_on_after_a_full_disk(place: Corner, disk: Path, job: Job, name: str) -> None:
+    topic = job.topics[0]
+    feed = place.feed(topic)
+    feed.send(*(event(number) for number in range(5_000)))
+    job.run().expect(0)
+    for number in range(60_000):
+        feed.send(event(number), flush=False)
+    feed.flush()
+    ballast = fill_up(disk, leave_bytes=1 << 20)
+    stop = job.run().expect_stop(14, "STORAGE_FAILED")
+    assert str(disk) in stop["what"] + stop["way_out"], "the message names the folder"
+    for_people = tidemill("run", job.path).expect(14)
+    snapshots.check(name, for_people.stderr.replace(str(disk), "<disk>"), place.prefix)
+    ballast.unlink()
+    job.run().expect(0)
+    truth = place.truth(topic)
+    job.check_against(truth)
+    ledger.check_chain(job.reader().table)
+
+
+def test_a_full_disk_under_the_warehouse_stops_the_run_and_the_next_goes_on(place: Corner) -> None:
+    with small_disk(place.folder / "disk") as disk:
+        job = place.job(
+            place.topic(partitions=2),
+            catalog={
+                "type": "sql",
+                "uri": f"sqlite:{place.folder}/catalog.db",
+                "warehouse": f"file://{disk}/warehouse",
+            },
+        )
+        goes_on_after_a_full_disk(place, disk, job, "warehouse_disk_full")
+
+
+def test_a_full_disk_under_the_state_folder_stops_the_run_and_the_next_goes_on(place: Corner) -> None:
+    with small_disk(place.folder / "disk") as disk:
+        goes_on_after_a_full_disk(
+            place, disk, place.job(place.topic(partitions=2), state_dir=disk / "state"), "state_disk_full"
+        )
