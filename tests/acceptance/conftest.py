@@ -42,12 +42,12 @@ class Corner:
     def __init__(self, folder: Path, broker: Broker, name: str) -> None:
         self.folder = folder
         self.broker = broker
-        self.prefix = f"{name}-{uuid.uuid4().hex[:6]}."
+        self.prefix = f"{name}-{uuid.uuid4().hex[:6]}"
 
     def topic(self, name: str = "events", partitions: int = 1, **config: str) -> str:
         """Creates a topic under the test's prefix."""
-        self.broker.create_topic(self.prefix + name, partitions, **config)
-        return self.prefix + name
+        self.broker.create_topic(f"{self.prefix}.{name}", partitions, **config)
+        return f"{self.prefix}.{name}"
 
     def feed(self, topic: str) -> Feed:
         """A producer of hand-made events."""

@@ -18,10 +18,12 @@ def event(number: int, **members: Any) -> dict[str, Any]:
         "event_type": ("generated", "sent", "delivered", "clicked")[number % 4],
         "ts": NOW_MS - 3_600_000 + number,
         "notification_id": f"notification-{number // 4}",
-        "user_id": f"user-{number % 97}",
-        "campaign_id": "campaign-1",
+        "user_id": number % 97 + (1 << 53),
+        "campaign": "welcome-1",
         "channel": "push",
-        "delivery": {"provider": "provider-1", "attempt": 1},
+        "price": 12.5,
+        "delivery": {"provider": "fcm", "region": "eu-west-1", "attempt": 1},
+        "locale": "en-GB",
         **members,
     }
 

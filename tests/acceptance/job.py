@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,36 +89,69 @@ def tidemill(*words: str | Path, environment: dict[str, str] | None = None, time
     return Outcome(command, child.returncode, child.stdout, child.stderr)
 
 
+class Running:
+    """A command that runs beside the test. What it prints goes to a file, so it never waits for a reader."""
+
+    def __init__(self, words: tuple[str | Path, ...], environment: dict[str, str] | None) -> None:
+        self._printed = tempfile.TemporaryFile("w+")
+        self._child = subprocess.Popen(
+            [str(binary()), *map(str, words)],
+            stdin=subprocess.DEVNULL, stdout=self._printed, stderr=subprocess.STDOUT, env=_environment(environment),
+        )  # fmt: skip
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self._child.poll()
+
+    def wait(self, timeout_s: float = RUN_S_MAX) -> int:
+        """The exit code."""
+        return self._child.wait(timeout_s)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal."""
+        self._child.send_signal(number)
+
+    def kill(self) -> None:
+        """`kill -9`, and waits until it is gone."""
+        self._child.kill()
+        self._child.wait()
+
+    def output(self) -> str:
+        """What it printed, on both streams."""
+        self._printed.seek(0)
+        return self._printed.read()
+
+
 @contextmanager
-def started(*words: str | Path, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs beside the test and is killed at the end if it still does."""
-    child = subprocess.Popen(
-        [str(binary()), *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-        env=_environment(environment),
-    )  # fmt: skip
+def started(*words: str | Path, environment: dict[str, str] | None = None) -> Iterator[Running]:
+    """Starts a command; it is killed at the end if it still runs."""
+    running = Running(words, environment)
     try:
-        yield child
+        yield running
     finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGKILL)
-        child.communicate()
+        if running.poll() is None:
+            running.kill()
 
 
 def _environment(more: dict[str, str] | None) -> dict[str, str]:
     return {**os.environ, "KAFKA_PASSWORD": READER_PASSWORD, "NO_COLOR": "1", **(more or {})}
 
 
-# Columns that every generated event fills; the path of a column defaults to its name.
+# The columns of generated events, and of those of `events.py`.
 COLUMNS = """
 event_id = { type = "string", required = true }
 event_type = { type = "string", required = true }
 event_time = { type = "timestamptz", path = "$.ts", unit = "ms", required = true }
 notification_id = { type = "string" }
-user_id = { type = "string" }
-campaign_id = { type = "string" }
+user_id = { type = "long" }
+campaign = { type = "string" }
 channel = { type = "string" }
 provider = { type = "string", path = "$.delivery.provider" }
+region = { type = "string", path = "$.delivery.region" }
+attempt = { type = "int", path = "$.delivery.attempt" }
+price = { type = "decimal(9, 2)" }
+locale = { type = "string" }
+trace_id = { type = "string", from = "header:traceparent" }
 """
 
 
@@ -236,10 +270,7 @@ class Job:
         assert theirs.distinct() == len(truth.events)
         assert theirs.by_type() == truth.by_type
         assert theirs.differences(set(truth.events)) == (0, 0), "(missing, extra) as DuckDB sees them"
-        places = sorted(
-            (row["_kafka_topic"], row["_kafka_partition"], row["_kafka_offset"], row["_kafka_index"])
-            for row in self.letters()
-        )
+        places = sorted((row["topic"], row["partition"], row["offset"], row["index"]) for row in self.letters())
         assert places == sorted(tuple(place) for place in truth.letters), "the dead letters are not the refused rows"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
+
+from job import Running
 
 PHASES = (
     "start", "fenced", "read", "first_data_file_byte", "data_files_closed", "state_prepared", "main_sent",
@@ -30,7 +31,7 @@ class Trace:
         except FileNotFoundError:
             return []
 
-    def reached(self, phase: str, times: int, child: subprocess.Popen[str], timeout_s: float = 120.0) -> bool:
+    def reached(self, phase: str, times: int, child: Running, timeout_s: float = 120.0) -> bool:
         """Watches closely until `phase` was passed so often; false if the program ended before."""
         deadline = time.monotonic() + timeout_s
         while self.phases().count(phase) < times:

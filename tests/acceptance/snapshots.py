@@ -28,7 +28,7 @@ def check(name: str, text: str, prefix: str = "") -> None:
     for pattern, put in VARIABLE:
         text = re.sub(pattern, put, text)
     if prefix:
-        text = text.replace(prefix, "<prefix>.")
+        text = text.replace(prefix, "<prefix>")
     text = text.strip() + "\n"
     path = FOLDER / f"{name}.txt"
     if os.environ.get("TIDEMILL_UPDATE_SNAPSHOTS") == "1":

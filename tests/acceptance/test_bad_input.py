@@ -47,6 +47,10 @@ BAD: list[tuple[Any, str]] = [
     (event(7, ts="yesterday"), "wrong_type"),
     (event(8, delivery="not an object"), "wrong_type"),
     (event(9, ts=10**18), "out_of_range"),
+    (event(15, user_id=2**63), "out_of_range"),
+    (event(16, price=123456789.12), "out_of_range"),
+    (event(17, price=1.005), "out_of_range"),
+    (event(18, delivery={"provider": "fcm", "attempt": 2**31}), "out_of_range"),
     (b'{"event_id":"a","event_type":"sent","ts":1e400}', "out_of_range"),
     (without("event_type"), "missing_required"),
     (event(10, event_type=None), "missing_required"),
@@ -67,7 +71,7 @@ def test_each_kind_of_bad_record_stands_in_the_dead_letter_table_under_its_reaso
     feed.send(*(event(number) for number in range(100, 400)))
     job = place.job(topic)
     counts = job.run().expect(0).last["counts"]
-    letters = {row["_kafka_offset"]: row for row in job.letters()}
+    letters = {row["offset"]: row for row in job.letters()}
     found = [letters[offset][REASON] if offset in letters else "written" for offset in range(len(BAD))]
     assert found == [reason for _, reason in BAD]
     assert counts["dead_letter"] == len(BAD) and counts["written"] == 300
@@ -85,15 +89,15 @@ def test_each_kind_of_bad_record_stands_in_the_dead_letter_table_under_its_reaso
 def test_nul_unknown_fields_and_missing_timestamps_are_no_faults(place: Corner) -> None:
     topic = place.topic()
     feed = place.feed(topic)
-    feed.send(event(1, user="a\x00b", campaign_id="zero\x00byte"), event(2, extra={"any": ["thing"]}))
+    feed.send(event(1, user="a\x00b", campaign="zero\x00byte"), event(2, extra={"any": ["thing"]}))
     feed.send(event(3, ts=NOW_MS - 1_000), timestamp=-1)
     feed.send(event(4, ts=NOW_MS + 86_400_000), timestamp=-1)
     job = place.job(topic)
     job.run().expect(0)
-    rows = job.reader().columns("event_id", "campaign_id", "_kafka_timestamp").to_pylist()
+    rows = job.reader().columns("event_id", "campaign", "_kafka_timestamp").to_pylist()
     by_id = {row["event_id"]: row for row in rows}
     assert by_id.keys() == {event(number)["event_id"] for number in (1, 2, 3)}
-    assert by_id[event(1)["event_id"]]["campaign_id"] == "zero\x00byte"
+    assert by_id[event(1)["event_id"]]["campaign"] == "zero\x00byte"
     assert by_id[event(3)["event_id"]]["_kafka_timestamp"] is None
     assert by_id[event(1)["event_id"]]["_kafka_timestamp"] is not None
     assert [row[REASON] for row in job.letters()] == ["event_time_ahead"], "without timestamp the cut time judges"
@@ -129,7 +133,7 @@ def test_an_array_is_split_into_rows_with_their_index_and_bad_elements_are_refus
     assert truth.consumed == 5 and len(truth.events) == 3
     job.check_against(truth)
     ledger.check_conservation(job.reader().table, truth)
-    assert [(row["_kafka_index"], row[REASON]) for row in job.letters()] == [(2, "not_an_object")]
+    assert [(row["index"], row[REASON]) for row in job.letters()] == [(2, "not_an_object")]
 
 
 def test_an_array_is_one_dead_letter_when_the_job_says_so(place: Corner) -> None:

@@ -46,7 +46,7 @@ def test_a_broker_that_can_not_be_reached_is_waited_for_by_the_scheduler(place: 
 
 
 def test_a_topic_that_does_not_exist_is_named(place: Corner) -> None:
-    topic = f"{place.prefix}missing"
+    topic = f"{place.prefix}.missing"
     job = place.job(topic)
     stop = stop_of(job, place, "unknown_topic", 23, "UNKNOWN_TOPIC")
     assert topic in stop["what"]

@@ -1,14 +1,13 @@
 """One owner: later copies end busy, a takeover fences the first, and the table is exact whatever happened."""
 
-import os
 import signal
-import subprocess
 import time
+from contextlib import ExitStack
 
 import ledger
 from conftest import Corner
 from events import event
-from job import binary, started
+from job import started
 from phases import Trace
 from services import wait_until
 
@@ -37,13 +36,12 @@ def test_a_copy_that_starts_while_another_works_ends_busy_and_the_work_gets_done
     trace = Trace(place.folder / "phases")
     with started("run", job.path, "--json", environment=trace.environment) as first:
         assert trace.reached("first_data_file_byte", 1, first)
-        os.kill(first.pid, signal.SIGSTOP)
+        first.send(signal.SIGSTOP)
         on_this_host = job.run(timeout_s=120).expect_stop(BUSY, "BUSY")
         elsewhere = job.run("--set", f"state_dir={place.folder}/other-state", timeout_s=120).expect_stop(BUSY, "BUSY")
         assert on_this_host["way_out"] and elsewhere["way_out"]
-        os.kill(first.pid, signal.SIGCONT)
-        output = first.communicate(timeout=120)[0]
-        assert first.returncode == 0, output
+        first.send(signal.SIGCONT)
+        assert first.wait(120) == 0, first.output()
     job.check_against(place.truth(topic))
 
 
@@ -59,9 +57,8 @@ def test_copies_that_start_at_the_same_moment_never_both_write(place: Corner) ->
             started("run", job.path, "--json", *states) as two,
             started("run", job.path, "--json") as three,
         ):
-            outputs = [child.communicate(timeout=180)[0] for child in (one, two, three)]
-            codes_now = [child.returncode for child in (one, two, three)]
-        assert set(codes_now) <= {0, BUSY}, list(zip(codes_now, outputs, strict=True))
+            codes_now = [child.wait() for child in (one, two, three)]
+            assert set(codes_now) <= {0, BUSY}, [child.output() for child in (one, two, three)]
         codes += codes_now
         job.run("--set", f"state_dir={job.folder}/state").expect(0)
         truth = place.truth(topic)
@@ -77,21 +74,14 @@ def test_a_scheduler_that_starts_a_run_every_second_gets_the_work_done(place: Co
     job = place.job(topic, microbatch={"max_records": 500})
     ticks = 10
     begin = time.monotonic()
-    children: list[subprocess.Popen[bytes]] = []
-    try:
+    with ExitStack() as stack:
+        children = []
         for tick in range(ticks):
             next_second(begin + tick)
             fill(place, topic, range(40_000 + tick * 200, 40_000 + (tick + 1) * 200))
-            with (place.folder / f"run-{tick}.log").open("wb") as log:
-                children.append(subprocess.Popen([binary(), "run", job.path, "--json"], stdout=log, stderr=log))
-        codes = [child.wait(180) for child in children]
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-    logs = [(place.folder / f"run-{tick}.log").read_text()[-2_000:] for tick in range(ticks)]
-    assert set(codes) <= {0, BUSY}, list(zip(codes, logs, strict=True))
+            children.append(stack.enter_context(started("run", job.path, "--json")))
+        codes = [child.wait() for child in children]
+        assert set(codes) <= {0, BUSY}, [child.output() for child in children]
     print("exit codes, one start a second:", codes)
     assert BUSY in codes, "a start fell into the first run"
     job.run().expect(0)
@@ -107,12 +97,11 @@ def test_a_takeover_fences_the_first_owner(place: Corner) -> None:
     trace = Trace(place.folder / "phases")
     with started("run", job.path, "--json", environment=trace.environment) as first:
         assert trace.reached("first_data_file_byte", 2, first)
-        os.kill(first.pid, signal.SIGSTOP)
+        first.send(signal.SIGSTOP)
         job.run("--takeover", "--set", f"state_dir={place.folder}/other-state").expect(0)
-        os.kill(first.pid, signal.SIGCONT)
-        output = first.communicate(timeout=120)[0]
-        assert first.returncode == FENCED, f"ended with {first.returncode}:\n{output}"
-        assert "FENCED" in output
+        first.send(signal.SIGCONT)
+        assert first.wait(120) == FENCED, first.output()
+        assert "FENCED" in first.output()
     truth = place.truth(topic)
     job.check_against(truth)
     ledger.check_conservation(job.reader().table, truth)

@@ -35,7 +35,7 @@ def generate(broker: Broker, prefix: str, events: int, skip: int = 0, *words: st
 
 
 def topics_of(prefix: str) -> list[str]:
-    return [f"{prefix}{name}" for name in TYPES]
+    return [f"{prefix}.{name}" for name in TYPES]
 
 
 def check_offsets(job: Job, truth: LogTruth) -> None:

@@ -7,10 +7,12 @@ plain dict remembers. The rules below are those of the job that `job.py` writes,
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, Message, TopicPartition
@@ -20,8 +22,9 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 IDLE_S_MAX = 30.0
 AHEAD_MS_MAX = 60 * 60 * 1000
 RECORD_BYTES_MAX = 4 << 20
-DEPTH_MAX = 64
-INT64 = range(-(2**63), 2**63)
+DEPTH_MAX = 128
+# What an unfinished text may end with: a number or literal that is not complete, or an escape.
+TOKEN_BEGUN = re.compile(r"|-|\.\d*|\d*\.?\d*[eE][+-]?|tr?u?|fa?l?s?|nu?l?|\\?u?[0-9a-fA-F]{0,3}")
 
 
 class Place(NamedTuple):
@@ -60,7 +63,7 @@ def _constant(name: str) -> Any:
     raise Refused("invalid_json")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, strict=True)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=Decimal, parse_constant=_constant, strict=True)
 
 
 def rows_of(payload: bytes | None, timestamp_ms: int | None) -> list[Row]:
@@ -82,7 +85,8 @@ def rows_of(payload: bytes | None, timestamp_ms: int | None) -> list[Row]:
     except RecursionError:
         return [_bad("too_deep")]
     except json.JSONDecodeError as error:
-        cut_short = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+        rest = text[error.pos :].rstrip()
+        cut_short = TOKEN_BEGUN.fullmatch(rest) or error.msg.startswith("Unterminated string")
         return [_bad("truncated_json" if cut_short else "invalid_json")]
     if text.count("{") + text.count("[") > DEPTH_MAX and _depth(value) > DEPTH_MAX:
         return [_bad("too_deep")]
@@ -98,32 +102,74 @@ def _bad(reason: str) -> Row:
 
 
 def _judge(event: Any, timestamp_ms: int | None) -> Row:
+    """Judges one object: required members first, then types and ranges of all, then the time."""
     if not isinstance(event, dict):
         return _bad("not_an_object")
-    event_id, event_type, event_time = event.get("event_id"), event.get("event_type"), event.get("ts")
-    if event_id is None:
-        return _bad("null_key")
-    if event_type is None:
-        return _bad("missing_required")
-    if event_time is None:
-        return _bad("missing_event_time")
-    if not isinstance(event_id, str) or not isinstance(event_type, str):
+    for name, if_missing in REQUIRED.items():
+        if event.get(name) is None:
+            return _bad(if_missing)
+    delivery = event.get("delivery") or {}
+    if not isinstance(delivery, dict):
         return _bad("wrong_type")
-    if isinstance(event_time, bool) or not isinstance(event_time, (int, float)):
-        return _bad("wrong_type")
-    if not event_id:
+    for name, fits in MEMBERS.items():
+        value = (delivery if name in DELIVERY else event).get(name)
+        if value is not None and (reason := fits(value)):
+            return _bad(reason)
+    if not event["event_id"]:
         return _bad("empty_key")
-    if event_time != int(event_time) or int(event_time) * 1000 not in INT64:
-        return _bad("out_of_range")
     now_ms = time.time_ns() // 1_000_000
-    if event_time > min(now_ms, now_ms if timestamp_ms is None else timestamp_ms) + AHEAD_MS_MAX:
+    if event["ts"] > min(now_ms, now_ms if timestamp_ms is None else timestamp_ms) + AHEAD_MS_MAX:
         return _bad("event_time_ahead")
-    return Row(event_id, event_type)
+    return Row(event["event_id"], event["event_type"])
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) else "wrong_type"
+
+
+def _whole(bits: int, factor: int = 1) -> Callable[[Any], str | None]:
+    """A judge of whole numbers that, times `factor`, fit a signed integer of so many bits."""
+    limit = 1 << (bits - 1)
+
+    def fits(value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
+            return "wrong_type"
+        exact = value == value.to_integral_value() if isinstance(value, Decimal) else True
+        return None if exact and -limit <= value * factor < limit else "out_of_range"
+
+    return fits
+
+
+def _price(value: Any) -> str | None:
+    """decimal(9, 2): nine digits, two of them after the point."""
+    if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
+        return "wrong_type"
+    hundredths = Decimal(value) * 100
+    return None if hundredths == hundredths.to_integral_value() and abs(hundredths) < 10**9 else "out_of_range"
+
+
+REQUIRED = {"event_id": "null_key", "event_type": "missing_required", "ts": "missing_event_time"}
+DELIVERY = {"provider", "region", "attempt"}
+# Every member that a column reads, with its judge.
+MEMBERS: dict[str, Callable[[Any], str | None]] = {
+    "event_id": _text,
+    "event_type": _text,
+    "ts": _whole(64, factor=1000),
+    "notification_id": _text,
+    "user_id": _whole(64),
+    "campaign": _text,
+    "channel": _text,
+    "provider": _text,
+    "region": _text,
+    "attempt": _whole(32),
+    "price": _price,
+    "locale": _text,
+}
 
 
 def _has_lone_surrogate(value: Any) -> bool:
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return True
     return False
