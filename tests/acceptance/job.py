@@ -93,7 +93,7 @@ class Running:
     """A command that runs beside the test. What it prints goes to a file, so it never waits for a reader."""
 
     def __init__(self, words: tuple[str | Path, ...], environment: dict[str, str] | None) -> None:
-        self._printed = tempfile.TemporaryFile("w+")
+        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         self._child = subprocess.Popen(
             [str(binary()), *map(str, words)],
             stdin=subprocess.DEVNULL, stdout=self._printed, stderr=subprocess.STDOUT, env=_environment(environment),
@@ -206,7 +206,7 @@ class Job:
             *_members(self.kafka),
             "[decode]",
             'format = "json"',
-            *_members(self.decode),
+            *_members({"arrays": "split", **self.decode}),
             "[decode.columns]",
             self.columns.strip(),
             "[event_time]",

@@ -77,7 +77,7 @@ def test_deleting_or_resetting_the_consumer_group_changes_nothing(place: Corner)
     job.run().expect(0)
     admin = place.broker.admin
     rewind = [TopicPartition(topic, partition, 0) for partition in range(2)]
-    groups = groups_with_offsets_of(admin, topic) | {job.name}
+    groups = groups_with_offsets_of(admin, topic) | {f"tidemill-{job.name}"}
     for group in groups:
         admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(group, rewind)])[group].result(30)
     feed.send(*(event(number) for number in range(1_000, 3_000)))
