@@ -14,6 +14,16 @@ from job import Job
 from services import Broker, RestCatalog, S3Server
 from truth import LogTruth
 
+# Started first, so that no worker is left with a long test at the end.
+LONG = ("test_four_waves", "test_sixty_kills", "test_a_wave_through", "test_the_demo_writes", "test_a_demo_that_is")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first; the others stay as they stand."""
+    items.sort(
+        key=lambda item: next((place for place, name in enumerate(LONG) if item.name.startswith(name)), len(LONG))
+    )
+
 
 @pytest.fixture(scope="session")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
