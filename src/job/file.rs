@@ -43,10 +43,10 @@ pub use self::problem::{JobErrors, Problem};
 use self::reader::{Desk, Section};
 use self::tree::{Environment, JOB_FILE_BYTES_MAX};
 use super::{
-    AHEAD_MAX_DEFAULT, ALLOWED_LATENESS_DEFAULT, Dedup, EventTimeRule, IDLE_AFTER_DEFAULT, JOB_FORMAT_VERSION, Job,
-    LatePolicy, MEMORY_BYTES_DEFAULT, MicrobatchLimits, OPEN_TIME_MAX_DEFAULT, PAYLOAD_BYTES_MAX_DEFAULT,
-    RECORDS_MAX_DEFAULT, Repeats, SHARDS_DEFAULT, SHARDS_MAX, STATE_DIR_DEFAULT, WATERMARK_DELAY_DEFAULT,
-    WINDOW_DEFAULT,
+    AHEAD_MAX_DEFAULT, ALLOWED_LATENESS_DEFAULT, Dedup, EventTimeRule, IDLE_AFTER_DEFAULT,
+    JOB_FORMAT_VERSION, Job, LatePolicy, MEMORY_BYTES_DEFAULT, MicrobatchLimits, OPEN_TIME_MAX_DEFAULT,
+    PAYLOAD_BYTES_MAX_DEFAULT, RECORDS_MAX_DEFAULT, Repeats, SHARDS_DEFAULT, SHARDS_MAX, STATE_DIR_DEFAULT,
+    WATERMARK_DELAY_DEFAULT, WINDOW_DEFAULT,
 };
 
 /// A job file's text and what the command line lays over it.
@@ -76,7 +76,11 @@ pub struct LoadedJob {
 ///
 /// # Errors
 /// All problems of the file, or the one that keeps it from being read.
-pub fn read(path: &Path, sets: &[String], env: &dyn Fn(&str) -> Option<String>) -> Result<LoadedJob, JobErrors> {
+pub fn read(
+    path: &Path,
+    sets: &[String],
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<LoadedJob, JobErrors> {
     JobSource::load(path, sets)?.check(env)
 }
 
@@ -93,7 +97,10 @@ impl JobSource {
             .and_then(|file| file.take(JOB_FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
             .map_err(|error| alone(format!("job file can not be read: {error}"), ""))?;
         if bytes.len() as u64 > JOB_FILE_BYTES_MAX {
-            return Err(alone(format!("job file is larger than {JOB_FILE_BYTES_MAX} bytes"), "is it a job file?"));
+            return Err(alone(
+                format!("job file is larger than {JOB_FILE_BYTES_MAX} bytes"),
+                "is it a job file?",
+            ));
         }
         let text = String::from_utf8(bytes).map_err(|error| {
             let at = error.utf8_error().valid_up_to();
@@ -177,7 +184,11 @@ fn read_version(root: &mut Section<'_, '_>) -> bool {
         None => true,
         Some(JOB_FORMAT_VERSION) => true,
         Some(version) => {
-            let hint = if version > JOB_FORMAT_VERSION { "the file is of a newer tidemill: update the program" } else { "" };
+            let hint = if version > JOB_FORMAT_VERSION {
+                "the file is of a newer tidemill: update the program"
+            } else {
+                ""
+            };
             let pending = field.wrong(format!("job-file version {version}")).expecting(expected);
             if !hint.is_empty() {
                 pending.hinting(hint);
@@ -196,21 +207,26 @@ fn read_job(mut root: Section<'_, '_>) -> Job {
     let mut source_section = root.table("source");
     source_section.not_built("rabbitmq", "[source.rabbitmq]; only [source.kafka] can be read");
     source_section.not_built("file", "[source.file]; only [source.kafka] can be read");
-    let mut source = kafka::read_kafka(source_section.need_table("kafka", "a table [source.kafka]"));
+    let mut source = kafka::read_kafka(source_section.need_table("kafka", "topics and properties"));
     source_section.finish();
 
-    let decoded = columns::read_decode(root.need_table("decode", "a table [decode] with [decode.columns]"));
+    let decoded = columns::read_decode(root.need_table("decode", "columns, in [decode.columns]"));
     source.record_bytes_max = decoded.record_bytes_max;
-    let dedup = read_dedup(root.need_table("dedup", "a table [dedup] with key"), &decoded.types);
-    let event_time =
-        read_event_time(root.need_table("event_time", "a table [event_time] with column"), &dedup, &decoded.types);
+    let dedup = read_dedup(root.need_table("dedup", "at least key = [\"event_id\"]"), &decoded.types);
+    let event_time = read_event_time(
+        root.need_table("event_time", "at least column = \"event_time\""),
+        &dedup,
+        &decoded.types,
+    );
     let microbatch = read_microbatch(root.table("microbatch"), decoded.record_bytes_max);
 
     let mut sink_section = root.table("sink");
     sink_section.not_built("kafka", "[sink.kafka]; only [sink.iceberg] can be written");
     sink_section.not_built("postgres", "[sink.postgres]; only [sink.iceberg] can be written");
-    let sink =
-        iceberg::read_iceberg(sink_section.need_table("iceberg", "a table [sink.iceberg]"), &decoded.types);
+    let sink = iceberg::read_iceberg(
+        sink_section.need_table("iceberg", "at least table = \"namespace.table\""),
+        &decoded.types,
+    );
     sink_section.finish();
 
     root.not_built("rules", "[rules] (where, checks, sql); filter when reading the table, or before Kafka");
@@ -283,7 +299,9 @@ fn read_dedup(section: Option<Section<'_, '_>>, types: &BTreeMap<String, Option<
         match u32::try_from(number) {
             Ok(shards) if shards.is_power_of_two() && shards <= SHARDS_MAX => dedup.shards = shards,
             _ => drop(
-                field.wrong(format!("shards is {number}")).expecting(format!("a power of two from 1 to {SHARDS_MAX}")),
+                field
+                    .wrong(format!("shards is {number}"))
+                    .expecting(format!("a power of two from 1 to {SHARDS_MAX}")),
             ),
         }
     }
@@ -337,8 +355,8 @@ fn read_event_time(
     }
     if let Some(field) = section.get("late") {
         let later = [
-            ("side", "late = \"side\"; \"keep\" writes late rows to the main table and counts them"),
-            ("drop", "late = \"drop\"; \"keep\" writes late rows to the main table and counts them"),
+            ("side", "\"keep\" writes late rows to the main table and counts them"),
+            ("drop", "\"keep\" writes late rows to the main table and counts them"),
         ];
         rule.late = field.choice(&[("keep", LatePolicy::Keep)], &later).unwrap_or(LatePolicy::Keep);
     }
@@ -380,7 +398,7 @@ fn read_microbatch(mut section: Section<'_, '_>, record_bytes_max: u64) -> Micro
         limits.open_time_max = field.positive_duration().unwrap_or(OPEN_TIME_MAX_DEFAULT);
     }
     for name in ["probe", "probe_records", "probe_batch", "probe_bytes"] {
-        section.not_built(name, "sizes of probe batches; the memory planner sets them from `memory`");
+        section.not_built(name, "sizes of probe batches in the job file; they follow from `memory`");
     }
     section.finish();
     limits

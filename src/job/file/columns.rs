@@ -9,7 +9,8 @@ use super::reader::{Field, Section};
 use super::tree::{Entry, Value};
 use super::words;
 use crate::job::{
-    Arrays, Column, ColumnSource, Decode, RECORD_BYTES_MAX_DEFAULT, TimeUnit, UNKNOWN_FIELDS_COLUMN, UnknownFields,
+    Arrays, Column, ColumnSource, Decode, RECORD_BYTES_MAX_DEFAULT, TimeUnit, UNKNOWN_FIELDS_COLUMN,
+    UnknownFields,
 };
 
 /// Longest record that can be decoded: Kafka and Arrow both count its bytes in 32-bit signed integers.
@@ -40,8 +41,8 @@ pub(super) fn read_decode(section: Option<Section<'_, '_>>) -> DecodePart {
     let Some(mut section) = section else { return part };
     if let Some(field) = section.get("format") {
         let later = [
-            ("avro", "format \"avro\"; write the topic as JSON, or wait for a version that reads it"),
-            ("protobuf", "format \"protobuf\"; write the topic as JSON, or wait for a version that reads it"),
+            ("avro", "write the topic as JSON, or wait for a version that reads it"),
+            ("protobuf", "write the topic as JSON, or wait for a version that reads it"),
         ];
         let _ = field.choice(&[("json", ())], &later);
     }
@@ -63,7 +64,9 @@ pub(super) fn read_decode(section: Option<Section<'_, '_>>) -> DecodePart {
             field.wrong(format!("max_record is {}", field.shown())).expecting("less than \"2 GiB\"");
         }
     }
-    if let Some(columns) = section.need_table("columns", "a table of columns: event_id = { type = \"string\" }") {
+    if let Some(columns) =
+        section.need_table("columns", "a table of columns: event_id = { type = \"string\" }")
+    {
         read_columns(columns, &mut part);
     }
     section.finish();
@@ -77,15 +80,20 @@ fn read_columns(section: Section<'_, '_>, part: &mut DecodePart) {
         section.wrong("the table has no column".to_owned()).expecting("at least one column");
     }
     if entries.len() > COLUMNS_MAX {
-        section.wrong(format!("the table has {} columns", entries.len())).expecting(format!("at most {COLUMNS_MAX}"));
+        section
+            .wrong(format!("the table has {} columns", entries.len()))
+            .expecting(format!("at most {COLUMNS_MAX}"));
     }
     for (entry, field) in entries.iter().take(COLUMNS_MAX) {
         if check_name(&section, entry, part.decode.unknown_fields, &names) {
             names.insert(entry.name.to_ascii_lowercase(), entry.name.clone());
         }
         let column = read_column(entry, field);
-        if let Some((other, inner, outer)) = column.as_ref().and_then(|column| entered(column, &part.decode.columns)) {
-            let found = format!("columns {} and {} read $.{outer} and $.{inner}", quoted(other), quoted(&entry.name));
+        if let Some((other, inner, outer)) =
+            column.as_ref().and_then(|column| entered(column, &part.decode.columns))
+        {
+            let found =
+                format!("columns {} and {} read $.{outer} and $.{inner}", quoted(other), quoted(&entry.name));
             section
                 .wrong_name(entry, format!("{found}: no value is both an object and a column"))
                 .hinting("read only the inner values");
@@ -101,7 +109,8 @@ fn entered<'c>(column: &Column, others: &'c [Column]) -> Option<(&'c str, String
     let ColumnSource::Value(path) = &column.from else { return None };
     others.iter().find_map(|other| {
         let ColumnSource::Value(other_path) = &other.from else { return None };
-        let (short, long) = if path.len() < other_path.len() { (path, other_path) } else { (other_path, path) };
+        let (short, long) =
+            if path.len() < other_path.len() { (path, other_path) } else { (other_path, path) };
         let runs_through = short.len() < long.len() && long.starts_with(short);
         runs_through.then(|| (other.name.as_str(), long.join("."), short.join(".")))
     })
@@ -186,7 +195,9 @@ fn read_from(
         return match words::parse_path(path.text_expecting("a path as in \"$.delivery.provider\"")?) {
             Ok(names) => Some(ColumnSource::Value(names)),
             Err(problem) => {
-                path.wrong(problem.found).expecting("a path as in \"$.delivery.provider\"").hinting(problem.hint);
+                path.wrong(problem.found)
+                    .expecting("a path as in \"$.delivery.provider\"")
+                    .hinting(problem.hint);
                 None
             }
         };
@@ -220,7 +231,9 @@ fn read_from(
     let column_type = column_type?;
     if !fitting.split(" or ").any(|name| name == column_type.to_string()) {
         let found = format!("a column from {} can not be of type {column_type}", quoted(word));
-        from.wrong(found).expecting(format!("type {fitting}")).hinting("other types are read from the payload");
+        from.wrong(found)
+            .expecting(format!("type {fitting}"))
+            .hinting("other types are read from the payload");
         return None;
     }
     Some(source)
@@ -231,7 +244,7 @@ fn read_unit(
     column_type: Option<&PrimitiveType>,
     from: Option<&ColumnSource>,
 ) -> Option<TimeUnit> {
-    let later = [("ns", "unit \"ns\"; Iceberg's version 2 keeps microseconds, so write \"us\" and resend in them")];
+    let later = [("ns", "tables of format version 2 keep microseconds; send those, and write \"us\"")];
     let words = [("s", TimeUnit::Seconds), ("ms", TimeUnit::Millis), ("us", TimeUnit::Micros)];
     let unit = field.choice(&words, &later);
     let column_type = column_type?;

@@ -70,8 +70,14 @@ pub(super) fn read_iceberg(
         sink.table_properties = read_table_properties(properties);
     }
     sink.dead_letters = read_dead_letters(section.table("dead_letters"), &sink.table);
-    section.not_built("late", "a table for late rows; late = \"keep\" in [event_time] writes them to the main table");
-    section.not_built("late_table", "a table for late rows; late = \"keep\" in [event_time] writes them to the main table");
+    section.not_built(
+        "late",
+        "a table for late rows; late = \"keep\" in [event_time] writes them to the main table",
+    );
+    section.not_built(
+        "late_table",
+        "a table for late rows; late = \"keep\" in [event_time] writes them to the main table",
+    );
     section.not_built("duplicates", "a table for duplicates; they are counted, and `audit` finds them again");
     section.finish();
     sink
@@ -98,7 +104,10 @@ fn read_dead_letters(mut section: Section<'_, '_>, main: &[String]) -> DeadLette
         && let Some(table) = read_table_name(&field)
     {
         if table.join(".").eq_ignore_ascii_case(&main.join(".")) {
-            field.wrong("dead letters would go to the main table").expecting("another table").hinting("leave it out");
+            field
+                .wrong("dead letters would go to the main table")
+                .expecting("another table")
+                .hinting("leave it out");
         }
         sink.table = table;
     }
@@ -129,7 +138,10 @@ fn read_partition_by(
         if transform.result_type(&Type::Primitive(column_type.clone())).is_err() {
             let name = quoted(&column);
             element
-                .wrong(format!("{} does not fit column {name} of type {column_type}", transform_name(&transform)))
+                .wrong(format!(
+                    "{} does not fit column {name} of type {column_type}",
+                    transform_name(&transform)
+                ))
                 .expecting(fitting_types(&transform));
             continue;
         }
@@ -137,7 +149,9 @@ fn read_partition_by(
         let name = format!("{column}{}", suffix(&transform));
         if !names.insert(name.clone()) {
             element.wrong(format!("partition field {} stands twice", quoted(&name))).hinting("name it once");
-        } else if transform != Transform::Identity && types.keys().any(|column| column.eq_ignore_ascii_case(&name)) {
+        } else if transform != Transform::Identity
+            && types.keys().any(|column| column.eq_ignore_ascii_case(&name))
+        {
             element
                 .wrong(format!("partition field {} has the name of a column", quoted(&name)))
                 .hinting("rename the column");
@@ -192,7 +206,9 @@ fn transform_name(transform: &Transform) -> &'static str {
 fn fitting_types(transform: &Transform) -> &'static str {
     match transform {
         Transform::Hour => "a column of type timestamp or timestamptz",
-        Transform::Year | Transform::Month | Transform::Day => "a column of type date, timestamp or timestamptz",
+        Transform::Year | Transform::Month | Transform::Day => {
+            "a column of type date, timestamp or timestamptz"
+        }
         Transform::Truncate(_) => "a column of type int, long, decimal, string or binary",
         _ => "a column of any type but boolean, float and double",
     }
@@ -225,22 +241,27 @@ fn read_table_properties(section: Section<'_, '_>) -> BTreeMap<String, String> {
         }
         let is_reference = |text: &str| text.starts_with("env:") || looks_secret(name);
         if field.text_node().is_some_and(|text| is_reference(&text.text)) {
-            field
-                .wrong(format!("table property {} looks like a secret", quoted(name)))
-                .hinting("table properties stand in the open in the table's metadata; secrets go to `catalog`");
+            field.wrong(format!("table property {} looks like a secret", quoted(name))).hinting(
+                "table properties stand in the open in the table's metadata; secrets go to `catalog`",
+            );
             continue;
         }
         let Some(value) = read_setting(entry, &field, false).and_then(|setting| match setting {
             crate::job::Setting::Plain(value) => Some(value),
             _ => {
-                field.wrong(format!("table property {} is a reference", quoted(name))).expecting("a plain value");
+                field
+                    .wrong(format!("table property {} is a reference", quoted(name)))
+                    .expecting("a plain value");
                 None
             }
         }) else {
             continue;
         };
         if name == "format-version" && value != "2" {
-            field.wrong(format!("format-version is {}", quoted(&value))).expecting("\"2\"").hinting("leave it out");
+            field
+                .wrong(format!("format-version is {}", quoted(&value)))
+                .expecting("\"2\"")
+                .hinting("leave it out");
             continue;
         }
         properties.insert(name.to_owned(), value);
@@ -253,16 +274,12 @@ fn read_catalog(mut section: Section<'_, '_>) -> Option<CatalogConfig> {
     let type_field = section.need("type", "\"sql\" or \"rest\"");
     let uri = section.get("uri");
     let warehouse = section.get("warehouse");
-    let instead = |name: &str| {
-        format!("catalog type \"{name}\"; it also speaks Iceberg REST in most set-ups: type = \"rest\"")
-    };
-    let later: Vec<(&str, String)> = ["glue", "hms", "hive", "s3tables", "nessie", "unity", "polaris", "hadoop"]
-        .map(|name| (name, instead(name)))
-        .to_vec();
-    let later: Vec<(&str, &str)> = later.iter().map(|(name, sentence)| (*name, sentence.as_str())).collect();
-    let kind = type_field.and_then(|field| {
-        field.choice(&[("sql", CatalogKind::Sql), ("rest", CatalogKind::Rest)], &later)
-    });
+    const ONLY: &str = "sql (SQLite) and rest are, and most catalogs also speak Iceberg REST";
+    let later =
+        ["glue", "hms", "hive", "s3tables", "nessie", "unity", "polaris", "hadoop", "dynamodb", "jdbc"]
+            .map(|name| (name, ONLY));
+    let kind = type_field
+        .and_then(|field| field.choice(&[("sql", CatalogKind::Sql), ("rest", CatalogKind::Rest)], &later));
     let Some(kind) = kind else {
         section.finish_free();
         return None;
@@ -270,9 +287,12 @@ fn read_catalog(mut section: Section<'_, '_>) -> Option<CatalogConfig> {
     let properties = read_catalog_properties(&section, kind);
     let (uri, warehouse) = match kind {
         CatalogKind::Sql => {
-            let uri = uri.and_then(|field| read_sqlite_uri(&field)).unwrap_or_else(|| CATALOG_URI_DEFAULT.to_owned());
-            let warehouse =
-                warehouse.and_then(|field| read_warehouse(&field)).unwrap_or_else(|| WAREHOUSE_DEFAULT.to_owned());
+            let uri = uri
+                .and_then(|field| read_sqlite_uri(&field))
+                .unwrap_or_else(|| CATALOG_URI_DEFAULT.to_owned());
+            let warehouse = warehouse
+                .and_then(|field| read_warehouse(&field))
+                .unwrap_or_else(|| WAREHOUSE_DEFAULT.to_owned());
             (uri, warehouse)
         }
         CatalogKind::Rest => {
@@ -301,7 +321,8 @@ fn read_catalog_properties(
     let mut properties = BTreeMap::new();
     for (entry, field) in section.other_entries() {
         let name = entry.name.as_str();
-        let is_header = kind == CatalogKind::Rest && name.strip_prefix("header.").is_some_and(|rest| !rest.is_empty());
+        let is_header =
+            kind == CatalogKind::Rest && name.strip_prefix("header.").is_some_and(|rest| !rest.is_empty());
         if !is_header && !known().any(|known| known == name) && !matches!(field.value(), Value::Table(_)) {
             let fields = section.taken().iter().copied();
             let pending = section.wrong_name(entry, format!("unknown catalog property {}", quoted(name)));
@@ -328,7 +349,9 @@ fn read_sqlite_uri(field: &Field<'_, '_>) -> Option<String> {
         match scheme {
             "http" | "https" => drop(pending.hinting("an http address is of type = \"rest\"")),
             "postgres" | "postgresql" | "mysql" => {
-                drop(pending.hinting("SQL catalogs other than SQLite are not built yet; put a REST catalog before it"))
+                drop(pending.hinting(
+                    "SQL catalogs other than SQLite are not built yet; put a REST catalog before it",
+                ))
             }
             _ => {}
         }
@@ -359,7 +382,9 @@ fn read_warehouse(field: &Field<'_, '_>) -> Option<String> {
         Some(("s3" | "s3a" | "s3n", path)) if !path.is_empty() && !path.starts_with('/') => path,
         Some(("s3" | "s3a" | "s3n", _)) => return wrong("s3:// is followed by the name of a bucket"),
         Some((scheme, _)) => {
-            field.wrong(format!("not built yet: a warehouse on {}://", scheme.escape_debug())).expecting(EXPECTED);
+            field
+                .wrong(format!("not built yet: a warehouse on {}://", scheme.escape_debug()))
+                .expecting(EXPECTED);
             return None;
         }
         None => text,
@@ -388,7 +413,9 @@ fn read_rest_uri(
     const EXPECTED: &str = "the address of the REST catalog: \"https://host/path\"";
     let text = field.text_expecting(EXPECTED)?;
     if has_user_info(text) {
-        field.wrong("uri holds a name or password").hinting("write credential = \"env:NAME\", and the address without it");
+        field
+            .wrong("uri holds a name or password")
+            .hinting("write credential = \"env:NAME\", and the address without it");
         return None;
     }
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
@@ -401,7 +428,8 @@ fn read_rest_uri(
         return None;
     }
     let local = ["localhost", "127.0.0.1", "[::1]"];
-    let is_local = host.is_some_and(|host| local.iter().any(|name| host == *name || host.starts_with(&format!("{name}:"))));
+    let is_local = host
+        .is_some_and(|host| local.iter().any(|name| host == *name || host.starts_with(&format!("{name}:"))));
     let has_secret = properties.keys().any(|name| looks_secret(name) && !name.starts_with("s3."));
     if text.starts_with("http://") && has_secret && !is_local {
         field.warn("the catalog's credential crosses the network unencrypted".to_owned(), "use https://");

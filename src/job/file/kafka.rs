@@ -10,7 +10,8 @@ use super::words;
 use crate::job::{KafkaSource, RECORD_BYTES_MAX_DEFAULT, Setting, StartPosition};
 
 const SETS_ITSELF: &str = "tidemill sets it itself";
-const OFFSETS: &str = "offsets live in the table's ledger, and those of the group are written for lag tools only";
+const OFFSETS: &str =
+    "offsets live in the table's ledger, and those of the group are written for lag tools only";
 const PLANNER: &str = "set by the memory planner from `memory`";
 const ASSIGN: &str = "topic partitions are assigned from the ledger, never by the group";
 
@@ -31,7 +32,10 @@ const DENIED: [(&str, &str); 39] = [
     ("offset.store.method", OFFSETS),
     ("offset.store.path", OFFSETS),
     ("offset.store.sync.interval.ms", OFFSETS),
-    ("auto.offset.reset", "tidemill sets it to error, so that lost offsets stop the run; `start` says where to begin"),
+    (
+        "auto.offset.reset",
+        "tidemill sets it to error, so that lost offsets stop the run; `start` says where to begin",
+    ),
     ("isolation.level", "tidemill sets it to read_committed"),
     ("enable.partition.eof", SETS_ITSELF),
     ("check.crcs", "tidemill sets it to true"),
@@ -72,7 +76,8 @@ pub(super) fn read_kafka(section: Option<Section<'_, '_>>) -> KafkaSource {
     if let Some(field) = section.get("start") {
         source.start = read_start(&field, &source.topics).unwrap_or(StartPosition::Earliest);
     }
-    let patterns = "topic patterns; list the topics in topics = [...], so that a new one can not come in unseen";
+    let patterns =
+        "topic patterns; list the topics in topics = [...], so that a new one can not come in unseen";
     for name in ["topics_pattern", "topic_pattern", "topics.regex", "subscribe", "subscribePattern"] {
         section.not_built(name, patterns);
     }
@@ -153,7 +158,8 @@ fn read_start_offsets(
     let mut by_topic = BTreeMap::new();
     for (entry, field) in section.free_entries() {
         if !topics.contains(&entry.name) {
-            let pending = section.wrong_name(entry, format!("start names {}, which is not in topics", quoted(&entry.name)));
+            let pending = section
+                .wrong_name(entry, format!("start names {}, which is not in topics", quoted(&entry.name)));
             if let Some(topic) = words::nearest(&entry.name, topics.iter().map(String::as_str)) {
                 pending.hinting(format!("did you mean {}?", quoted(topic)));
             }
@@ -184,7 +190,9 @@ fn read_start_offsets(
         by_topic.insert(entry.name.clone(), offsets);
     }
     if matches!(section.free_entries().next(), None) {
-        section.wrong("start names no offset".to_owned()).hinting("write \"earliest\", or { \"topic\" = { 0 = 42 } }");
+        section
+            .wrong("start names no offset".to_owned())
+            .hinting("write \"earliest\", or { \"topic\" = { 0 = 42 } }");
         return None;
     }
     Some(by_topic)
@@ -193,7 +201,9 @@ fn read_start_offsets(
 fn read_properties(mut section: Section<'_, '_>) -> BTreeMap<String, Setting> {
     let mut properties = BTreeMap::new();
     let servers = section.need("bootstrap.servers", "the brokers: \"host:9092,host:9092\"");
-    if let Some(field) = servers.filter(|field| field.text_node().is_some_and(|text| text.text.trim().is_empty())) {
+    if let Some(field) =
+        servers.filter(|field| field.text_node().is_some_and(|text| text.text.trim().is_empty()))
+    {
         field.wrong("bootstrap.servers is empty").expecting("the brokers: \"host:9092,host:9092\"");
     }
     for (entry, field) in section.free_entries() {

@@ -128,7 +128,9 @@ impl Sources {
 
     /// Adds a `--set`.
     pub fn add_set(&mut self, key: &str) -> usize {
-        let label = format!("--set {}", quoted(key).trim_matches('"').replace("\\\"", "\""));
+        let key: String =
+            key.chars().take(QUOTED_CHARS_MAX).filter(|character| !character.is_control()).collect();
+        let label = format!("--set {key}");
         self.list.push(Source { label, shown: None, text: String::new() });
         self.list.len() - 1
     }
@@ -161,11 +163,6 @@ impl Sources {
         let length = source.text[before.len()..end].chars().take_while(|c| !matches!(c, '\r' | '\n')).count();
         problem.excerpt = Some(clip(line, start, length));
         problem
-    }
-
-    /// The file's own label.
-    pub fn file_label(&self) -> &str {
-        self.list.first().map_or("", |source| &source.label)
     }
 }
 
@@ -210,7 +207,10 @@ fn clip(line: &str, start: usize, length: usize) -> Excerpt {
     let cut: String = chars[from..to].iter().collect();
     let underline_start = start - from + lead.len();
     let underline_length = length.min(to - start);
-    Excerpt { line: format!("{lead}{cut}{trail}"), underline: underline_start..underline_start + underline_length }
+    Excerpt {
+        line: format!("{lead}{cut}{trail}"),
+        underline: underline_start..underline_start + underline_length,
+    }
 }
 
 fn floor_boundary(text: &str, at: usize) -> usize {

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::problem::{Place, Problem, Sources, quoted};
-use super::tree::{Entry, Node, Text, Value, looks_secret, path_part};
+use super::tree::{Entry, Node, Text, Value, has_user_info, hides, path_part};
 use super::words;
 
 /// Where problems are gathered.
@@ -155,7 +155,13 @@ impl<'t, 'd> Section<'t, 'd> {
 
     /// A table that must be there: reports it once, and `None` keeps its fields from being reported one by one.
     pub fn need_table(&mut self, name: &'static str, expected: &str) -> Option<Section<'t, 'd>> {
-        self.need(name, expected)?.table()
+        let Some(field) = self.get(name) else {
+            let path = join(&self.path, name);
+            let problem = self.desk.sources.problem(&self.place, &path, format!("missing table [{path}]"));
+            self.desk.push(&self.place, problem.expecting(expected));
+            return None;
+        };
+        field.table()
     }
 
     /// A field of a later version: refused by name, with what to do instead.
@@ -172,9 +178,9 @@ impl<'t, 'd> Section<'t, 'd> {
     pub fn free_entries(&self) -> impl Iterator<Item = (&'t Entry, Field<'t, 'd>)> + use<'t, 'd> {
         let (desk, path) = (self.desk, self.path.clone());
         let entries = self.entries;
-        entries.iter().map(move |entry| {
-            (entry, Field { desk, path: join(&path, &entry.name), node: &entry.node })
-        })
+        entries
+            .iter()
+            .map(move |entry| (entry, Field { desk, path: join(&path, &entry.name), node: &entry.node }))
     }
 
     /// Entries that no field took, for a table of fields and free properties.
@@ -257,10 +263,10 @@ impl<'t, 'd> Field<'t, 'd> {
 
     /// The value as a message may show it: nothing that looks like a secret.
     pub fn shown(&self) -> String {
-        let hidden = looks_secret(&self.path);
+        let hidden = hides(&self.path);
         match &self.node.value {
-            Value::Text(_) if hidden => "a string".to_owned(),
-            Value::Text(text) if super::tree::has_user_info(&text.text) => "an address with a password".to_owned(),
+            Value::Text(text) if hidden || text.secret => "a string".to_owned(),
+            Value::Text(text) if has_user_info(&text.text) => "an address with a password".to_owned(),
             Value::Text(text) => format!("the string {}", quoted(&text.text)),
             Value::Integer(_) if hidden => "an integer".to_owned(),
             Value::Integer(number) => format!("the integer {number}"),
@@ -274,10 +280,10 @@ impl<'t, 'd> Field<'t, 'd> {
         }
     }
 
-    /// The last part of the path.
+    /// The last part of the path, with its quotes if it has any.
     pub fn name(&self) -> &str {
-        let at = self.path.rfind('.').filter(|_| !self.path.ends_with('"')).map_or(0, |at| at + 1);
-        &self.path[at..]
+        let dot = if self.path.ends_with('"') { self.path.rfind(".\"") } else { self.path.rfind('.') };
+        &self.path[dot.map_or(0, |at| at + 1)..]
     }
 
     pub fn value(&self) -> &'t Value {
@@ -417,11 +423,10 @@ impl<'t, 'd> Field<'t, 'd> {
             return Some(*value);
         }
         if let Some((_, sentence)) = later.iter().find(|(word, _)| *word == text) {
-            self.wrong(format!("not built yet: {sentence}")).expecting(expected);
+            self.wrong(format!("not built yet: {} = {text:?}; {sentence}", self.name())).expecting(expected);
             return None;
         }
-        let pending =
-            self.wrong(format!("{} is {}", self.name(), self.shown())).expecting(expected);
+        let pending = self.wrong(format!("{} is {}", self.name(), self.shown())).expecting(expected);
         if let Some(nearest) = words::nearest(text, now.iter().map(|(word, _)| *word)) {
             pending.hinting(format!("did you mean {nearest:?}?"));
         }
@@ -432,11 +437,8 @@ impl<'t, 'd> Field<'t, 'd> {
     pub fn list(&self, expected: &str) -> Option<Vec<Field<'t, 'd>>> {
         match self.value() {
             Value::List(nodes) => {
-                let field = |(index, node)| Field {
-                    desk: self.desk,
-                    path: format!("{}[{index}]", self.path),
-                    node,
-                };
+                let field =
+                    |(index, node)| Field { desk: self.desk, path: format!("{}[{index}]", self.path), node };
                 Some(nodes.iter().enumerate().map(field).collect())
             }
             Value::Text(text) => {

@@ -41,7 +41,8 @@ pub(super) fn read_setting(entry: &Entry, field: &Field<'_, '_>, secret: bool) -
                 name = format!("{name}.{part}");
                 inner = if let Value::Table(entries) = &node.value { entries } else { &[] };
             }
-            let hint = format!("quote a name with dots, else TOML makes tables of it: {} = ...", path_part(&name));
+            let hint =
+                format!("quote a name with dots, else TOML makes tables of it: {} = ...", path_part(&name));
             field.wrong_type(EXPECTED).hinting(hint);
             None
         }
@@ -72,7 +73,9 @@ fn read_file(field: &Field<'_, '_>, path: &str) -> Option<Setting> {
 
 fn refuse_literal(entry: &Entry, field: &Field<'_, '_>, variable: Option<&str>) {
     let found = match variable {
-        Some(variable) => format!("{} is a secret, and ${{{variable}}} makes it a literal", path_part(&entry.name)),
+        Some(variable) => {
+            format!("{} is a secret, and ${{{variable}}} makes it a literal", path_part(&entry.name))
+        }
         None => format!("{} is a secret and stands in the job file", path_part(&entry.name)),
     };
     let fallback = entry.name.to_ascii_uppercase().replace(|c: char| !c.is_ascii_alphanumeric(), "_");

@@ -56,6 +56,8 @@ pub(super) struct Text {
     pub whole_variable: Option<String>,
     /// Whether any part came from the environment or a default.
     pub interpolated: bool,
+    /// Whether a part came from a variable whose name speaks of a secret.
+    pub secret: bool,
 }
 
 /// The tree of a job and the texts it came from.
@@ -85,7 +87,7 @@ pub(super) fn plant(
     let mut root = entries_of(document.as_table(), &(0..0));
     let mut sources = Sources::default();
     let mut secrets = Vec::new();
-    gather_secrets(&root, false, &mut secrets);
+    gather_secrets(&root, "", &mut secrets);
     sources.add_file(label, text, &secrets);
     for (key, value) in sets {
         let source = sources.add_set(key);
@@ -104,9 +106,12 @@ fn syntax_problem(label: &str, text: &str, error: &toml_edit::TomlError) -> Prob
     let span = error.span().unwrap_or(0..0);
     let place = Place { source: 0, span };
     let message = error.message().replace('\n', ", ");
-    sources.problem(&place, "", format!("not TOML: {message}")).hinting(
-        "strings stand in double quotes; names with dots too: \"bootstrap.servers\" = \"...\"",
-    )
+    let quotes_missing = ["string", "quote", "invalid"].iter().any(|word| message.contains(word));
+    let problem = sources.problem(&place, "", format!("not TOML: {message}"));
+    if quotes_missing {
+        return problem.hinting("words, sizes and durations stand in double quotes: memory = \"1 GiB\"");
+    }
+    problem
 }
 
 /// A file that does not parse can not be masked value by value, so whole right-hand sides go.
@@ -128,39 +133,72 @@ fn secret_looking_lines(text: &str) -> Vec<Range<usize>> {
 }
 
 /// Whether a name, or a line that holds it, speaks of a secret. Wider than the list of properties that must be
-/// references: it decides only what excerpts hide.
+/// references: it decides only what messages hide.
 pub(super) fn looks_secret(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    ["password", "passphrase", "secret", "token", "credential", "authorization", "key.pem", "private", "api-key"]
-        .iter()
-        .any(|word| name.contains(word))
+    [
+        "password",
+        "passphrase",
+        "secret",
+        "token",
+        "credential",
+        "authorization",
+        "key.pem",
+        "private",
+        "api-key",
+    ]
+    .iter()
+    .any(|word| name.contains(word))
         || name.contains("oauthbearer.config")
         || name.contains("sse.key")
 }
 
-/// Whether an address carries `user:password@`.
-pub(super) fn has_user_info(text: &str) -> bool {
-    text.split_once("://").is_some_and(|(_, rest)| rest.split(['/', '?', '#']).next().unwrap_or("").contains('@'))
+/// Whether a message must not show the value at a path. Of a catalog only what is known to be harmless is shown: its
+/// table is often one line, which a misspelt name would bring into a message.
+pub(super) fn hides(path: &str) -> bool {
+    const OPEN_IN_CATALOG: [&str; 8] =
+        ["type", "uri", "warehouse", "scope", "audience", "resource", "oauth2-server-uri", "prefix"];
+    // columns have names like `token`, and nothing secret about them
+    if ["decode", "dedup", "event_time"].iter().any(|section| path.starts_with(section))
+        || path.ends_with(".url\"")
+    {
+        return false;
+    }
+    if let Some(name) = path.strip_prefix("sink.iceberg.catalog.") {
+        let name = name.trim_matches('"');
+        let known = OPEN_IN_CATALOG.contains(&name)
+            || ["s3.", "client.", "pool."].iter().any(|p| name.starts_with(p));
+        return !known || looks_secret(name);
+    }
+    looks_secret(path)
 }
 
-fn gather_secrets(entries: &[Entry], inside_secret: bool, secrets: &mut Vec<Range<usize>>) {
+/// Whether an address carries `user:password@`.
+pub(super) fn has_user_info(text: &str) -> bool {
+    text.split_once("://")
+        .is_some_and(|(_, rest)| rest.split(['/', '?', '#']).next().unwrap_or("").contains('@'))
+}
+
+fn gather_secrets(entries: &[Entry], path: &str, secrets: &mut Vec<Range<usize>>) {
     for entry in entries {
-        gather_node_secrets(&entry.node, inside_secret || looks_secret(&entry.name), secrets);
+        let name = path_part(&entry.name);
+        let path = if path.is_empty() { name } else { format!("{path}.{name}") };
+        gather_node_secrets(&entry.node, &path, secrets);
     }
 }
 
-fn gather_node_secrets(node: &Node, secret: bool, secrets: &mut Vec<Range<usize>>) {
+fn gather_node_secrets(node: &Node, path: &str, secrets: &mut Vec<Range<usize>>) {
     match &node.value {
         Value::Text(text) => {
             // a reference is safe to show, and showing it helps
             let reference = ["env:", "file:", "${"].iter().any(|start| text.text.starts_with(start));
-            if (secret && !reference) || has_user_info(&text.text) {
+            if (hides(path) && !reference) || has_user_info(&text.text) {
                 secrets.push(node.place.span.clone());
             }
         }
-        Value::List(nodes) => nodes.iter().for_each(|node| gather_node_secrets(node, secret, secrets)),
-        Value::Table(entries) => gather_secrets(entries, secret, secrets),
-        Value::Integer(_) | Value::Float(_) if secret => secrets.push(node.place.span.clone()),
+        Value::List(nodes) => nodes.iter().for_each(|node| gather_node_secrets(node, path, secrets)),
+        Value::Table(entries) => gather_secrets(entries, path, secrets),
+        Value::Integer(_) | Value::Float(_) if hides(path) => secrets.push(node.place.span.clone()),
         Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Time(_) | Value::Broken => {}
     }
 }
@@ -214,7 +252,7 @@ fn value_node(value: &toml_edit::Value, parent: &Range<usize>) -> Node {
 
 impl Text {
     fn plain(text: &str) -> Self {
-        Self { text: text.to_owned(), whole_variable: None, interpolated: false }
+        Self { text: text.to_owned(), whole_variable: None, interpolated: false, secret: false }
     }
 }
 
@@ -320,6 +358,7 @@ fn fill_in(
 fn interpolate(raw: &str, env: Environment<'_>) -> Result<Text, (String, String)> {
     let mut text = String::with_capacity(raw.len());
     let mut interpolated = false;
+    let mut secret = false;
     let mut whole_variable = None;
     let mut rest = raw;
     while let Some(at) = rest.find('$') {
@@ -357,11 +396,12 @@ fn interpolate(raw: &str, env: Environment<'_>) -> Result<Text, (String, String)
             }
         }
         interpolated = true;
+        secret |= looks_secret(name);
         whole_variable = (at == 0 && rest.len() == raw.len() && after.is_empty()).then(|| name.to_owned());
         rest = after;
     }
     text.push_str(rest);
-    Ok(Text { text, whole_variable, interpolated })
+    Ok(Text { text, whole_variable, interpolated, secret })
 }
 
 /// A name as it stands in a dotted path: quoted if TOML would need it.

@@ -63,7 +63,10 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     if !text.trim().is_empty() && text.trim().chars().all(|c| c.is_ascii_digit()) {
         return Err(format!("a number has no unit: write \"{} seconds\"", text.trim()));
     }
-    let duration = humantime::parse_duration(text.trim()).map_err(|error| error.to_string())?;
+    let duration = humantime::parse_duration(text.trim()).map_err(|error| match error {
+        humantime::DurationError::UnknownUnit { .. } => error.to_string(),
+        _ => "numbers with units: \"90s\", \"1h 30m\"".to_owned(),
+    })?;
     if duration.subsec_nanos() % 1_000_000 != 0 {
         return Err("nothing finer than a millisecond".to_owned());
     }
@@ -79,8 +82,9 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     if let Ok(bytes) = text.parse() {
         return Err(format!("a number has no unit: write \"{}\"", size_in_words(bytes)));
     }
-    let size: bytesize::ByteSize =
-        text.parse().map_err(|_| "units are B, KB, MB, GB, TB (powers of 1000) and KiB, MiB, GiB, TiB".to_owned())?;
+    let size: bytesize::ByteSize = text
+        .parse()
+        .map_err(|_| "units are B, KB, MB, GB, TB (powers of 1000) and KiB, MiB, GiB, TiB".to_owned())?;
     match size.as_u64() {
         0 => Err("at least 1 B".to_owned()),
         bytes if bytes > SIZE_BYTES_MAX => Err("at most 1 EiB".to_owned()),
@@ -108,9 +112,7 @@ pub(super) fn is_variable_name(name: &str) -> bool {
 /// `[a-z0-9][a-z0-9_-]{0,63}`.
 pub(super) fn is_job_name(name: &str) -> bool {
     let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    name.len() <= 64
-        && name.starts_with(inner)
-        && name.chars().all(|c| inner(c) || c == '_' || c == '-')
+    name.len() <= 64 && name.starts_with(inner) && name.chars().all(|c| inner(c) || c == '_' || c == '-')
 }
 
 /// Names that Kafka takes for a topic.
@@ -232,13 +234,17 @@ fn type_problem(text: &str, head: &str) -> WordProblem {
     let instead = match head.to_ascii_lowercase().as_str() {
         "timestamp_ns" | "timestamptz_ns" => {
             return WordProblem::new(
-                format!("not built yet: type {head} needs Iceberg format version 3, and tables are version 2"),
+                format!(
+                    "not built yet: type {head} needs Iceberg format version 3, and tables are version 2"
+                ),
                 format!("take {}, which keeps microseconds", head.trim_end_matches("_ns")),
             );
         }
         "variant" | "geometry" | "geography" | "unknown" => {
             return WordProblem::new(
-                format!("not built yet: type {head} needs Iceberg format version 3, and tables are version 2"),
+                format!(
+                    "not built yet: type {head} needs Iceberg format version 3, and tables are version 2"
+                ),
                 "take the parts you query by path, and the rest as unknown_fields = \"keep\"",
             );
         }
@@ -260,7 +266,8 @@ fn type_problem(text: &str, head: &str) -> WordProblem {
         "bytes" | "bytea" | "blob" | "varbinary" => "binary",
         "fixed" => "fixed[16]",
         other => {
-            let names = ["boolean", "int", "long", "float", "double", "date", "time", "timestamp", "timestamptz"];
+            let names =
+                ["boolean", "int", "long", "float", "double", "date", "time", "timestamp", "timestamptz"];
             let names = names.into_iter().chain(["string", "uuid", "binary"]);
             match nearest(other, names) {
                 Some(name) => name,
@@ -298,8 +305,10 @@ pub(super) fn parse_path(text: &str) -> Result<Vec<String>, WordProblem> {
         }
         let (name, after) = if let Some(bracket) = rest.strip_prefix('[') {
             let Some(quote) = bracket.chars().next().filter(|c| matches!(c, '\'' | '"')) else {
-                return Err(bad("array elements and wildcards are not read; set [decode] arrays = \"split\" to make \
-                                rows of a payload that is an array"));
+                return Err(bad(
+                    "array elements and wildcards are not read; set [decode] arrays = \"split\" to make \
+                                rows of a payload that is an array",
+                ));
             };
             let Some((name, after)) = bracket[1..].split_once(quote) else {
                 return Err(bad("close the quote: $['any name']"));
@@ -315,7 +324,9 @@ pub(super) fn parse_path(text: &str) -> Result<Vec<String>, WordProblem> {
                 return Err(bad("\"..\" and empty names are not read; write every name on the way"));
             }
             if name == "*" || name.contains(|c: char| c.is_whitespace() || matches!(c, ']' | '\'' | '"')) {
-                return Err(bad("wildcards are not read; names with other characters stand in brackets: $['any name']"));
+                return Err(bad(
+                    "wildcards are not read; names with other characters stand in brackets: $['any name']",
+                ));
             }
             (name, after)
         } else {
@@ -366,8 +377,11 @@ pub(super) fn parse_partition(text: &str) -> Result<(Transform, String), WordPro
             let number = number.parse::<u32>().ok().filter(|n| (1..=TRANSFORM_ARGUMENT_MAX).contains(n));
             match number {
                 Some(number) if is_variable_name(column) => {
-                    let transform =
-                        if head == "bucket" { Transform::Bucket(number) } else { Transform::Truncate(number) };
+                    let transform = if head == "bucket" {
+                        Transform::Bucket(number)
+                    } else {
+                        Transform::Truncate(number)
+                    };
                     Ok((transform, (*column).to_owned()))
                 }
                 _ => Err(WordProblem::new(
@@ -382,7 +396,10 @@ pub(super) fn parse_partition(text: &str) -> Result<(Transform, String), WordPro
                 Some(name) => format!("did you mean \"{name}\"?"),
                 None => format!("one of {}, or a plain column", known.join(", ")),
             };
-            Err(WordProblem::new(format!("unknown partition transform {}", super::problem::quoted(other)), hint))
+            Err(WordProblem::new(
+                format!("unknown partition transform {}", super::problem::quoted(other)),
+                hint,
+            ))
         }
     }
 }
@@ -413,7 +430,8 @@ mod tests {
         assert_eq!(parse_size("1 GB"), Ok(1_000_000_000));
         assert_eq!(parse_size("1 EiB"), Ok(1 << 60));
         assert_eq!(parse_size("536870912"), Err("a number has no unit: write \"512 MiB\"".to_owned()));
-        for bad in ["", "0 B", "0.1 B", "-1 GiB", "2 EiB", "99999999999999999999 EiB", "1 GiBs", "é", "GiB"] {
+        for bad in ["", "0 B", "0.1 B", "-1 GiB", "2 EiB", "99999999999999999999 EiB", "1 GiBs", "é", "GiB"]
+        {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
     }
@@ -425,7 +443,9 @@ mod tests {
         assert_eq!(path("$.a.b-c.d e"), Err(path("$.a b").expect_err("a blank needs brackets")));
         assert_eq!(path("$['a.b'].c[\"d e\"]"), Ok(vec!["a.b".to_owned(), "c".to_owned(), "d e".to_owned()]));
         assert_eq!(path("$['']"), Ok(vec![String::new()]));
-        for bad in ["", "$", "a.b", "$.", "$.a.", "$..a", "$.*", "$.a[0]", "$[*]", "$['a", "$['a'", "$a", "$.a]"] {
+        for bad in
+            ["", "$", "a.b", "$.", "$.a.", "$..a", "$.*", "$.a[0]", "$[*]", "$['a", "$['a'", "$a", "$.a]"]
+        {
             assert!(path(bad).is_err(), "{bad}");
         }
         assert!(path(&format!("${}", ".a".repeat(PATH_DEPTH_MAX))).is_ok());
@@ -438,7 +458,8 @@ mod tests {
         assert_eq!(parse_type("decimal( 38 , 38 )"), Ok(PrimitiveType::Decimal { precision: 38, scale: 38 }));
         assert_eq!(parse_type("fixed[16]"), Ok(PrimitiveType::Fixed(16)));
         assert_eq!(parse_type("fixed(16)"), Ok(PrimitiveType::Fixed(16)));
-        for bad in ["decimal(39, 2)", "decimal(2, 3)", "decimal(0, 0)", "decimal(1)", "fixed[0]", "fixed[-1]"] {
+        for bad in ["decimal(39, 2)", "decimal(2, 3)", "decimal(0, 0)", "decimal(1)", "fixed[0]", "fixed[-1]"]
+        {
             assert!(parse_type(bad).is_err(), "{bad}");
         }
         let hint = |text: &str| parse_type(text).expect_err("not a type").hint;
@@ -450,14 +471,25 @@ mod tests {
 
     #[test]
     fn partition_fields_read_as_iceberg_writes_them() {
-        let read = |text: &str| parse_partition(text).map(|(transform, column)| (transform.to_string(), column));
+        let read =
+            |text: &str| parse_partition(text).map(|(transform, column)| (transform.to_string(), column));
         let field = |transform: &str, column: &str| Ok((transform.to_owned(), column.to_owned()));
         assert_eq!(read("day(event_time)"), field("day", "event_time"));
         assert_eq!(read("bucket(16, user_id)"), field("bucket[16]", "user_id"));
         assert_eq!(read("bucket[16,user_id]"), field("bucket[16]", "user_id"));
         assert_eq!(read("truncate(4, x)"), field("truncate[4]", "x"));
         assert_eq!(read("channel"), field("identity", "channel"));
-        for bad in ["", "day()", "day(a, b)", "bucket(0, a)", "bucket(a, 16)", "bucket(-1, a)", "day(a", "a b", "a-b"] {
+        for bad in [
+            "",
+            "day()",
+            "day(a, b)",
+            "bucket(0, a)",
+            "bucket(a, 16)",
+            "bucket(-1, a)",
+            "day(a",
+            "a b",
+            "a-b",
+        ] {
             assert!(read(bad).is_err(), "{bad}");
         }
         let hint = parse_partition("days(x)").expect_err("not a transform").hint;
