@@ -23,7 +23,8 @@ use async_trait::async_trait;
 use iceberg::io::StorageFactory;
 use iceberg::table::Table;
 use iceberg::{
-    Catalog, CatalogBuilder, Error, ErrorKind, Namespace, NamespaceIdent, TableCommit, TableCreation, TableIdent,
+    Catalog, CatalogBuilder, Error, ErrorKind, Namespace, NamespaceIdent, TableCommit, TableCreation,
+    TableIdent,
 };
 use iceberg_catalog_rest::{RestCatalog, RestCatalogBuilder};
 use iceberg_catalog_sql::SqlCatalogBuilder;
@@ -294,7 +295,9 @@ async fn connect_rest(
         .await
         .map_err(|error| CatalogError::classify("rest catalog", error))?;
     if renews_token {
-        return Ok(Arc::new(Timed { inner: TokenRenewing { inner: catalog, renewed: Mutex::new(Instant::now()) } }));
+        return Ok(Arc::new(Timed {
+            inner: TokenRenewing { inner: catalog, renewed: Mutex::new(Instant::now()) },
+        }));
     }
     Ok(Arc::new(Timed { inner: catalog }))
 }
@@ -346,7 +349,10 @@ async fn create_sqlite_file(path: &Path) -> Result<(), CatalogError> {
         .busy_timeout(SQLITE_BUSY_TIME_MAX)
         .journal_mode(SqliteJournalMode::Wal);
     let of_sqlite = |error: sqlx::Error| {
-        CatalogError::classify(what(), Error::new(ErrorKind::Unexpected, "SQLite can not be opened").with_source(error))
+        CatalogError::classify(
+            what(),
+            Error::new(ErrorKind::Unexpected, "SQLite can not be opened").with_source(error),
+        )
     };
     let mut connection = SqliteConnection::connect_with(&options).await.map_err(of_sqlite)?;
     let mode: String =
@@ -375,9 +381,13 @@ fn warehouse_of_sql(warehouse: &str) -> Result<(String, Arc<dyn StorageFactory>)
                 "warehouse {warehouse}: a folder, file:// or s3:// is built, {scheme}:// is not"
             )));
         }
-        return Ok((warehouse.trim_end_matches('/').to_owned(), Arc::new(OpenDalResolvingStorageFactory::new())));
+        return Ok((
+            warehouse.trim_end_matches('/').to_owned(),
+            Arc::new(OpenDalResolvingStorageFactory::new()),
+        ));
     }
-    let path = warehouse.strip_prefix("file://").or_else(|| warehouse.strip_prefix("file:")).unwrap_or(warehouse);
+    let path =
+        warehouse.strip_prefix("file://").or_else(|| warehouse.strip_prefix("file:")).unwrap_or(warehouse);
     if path.is_empty() {
         return Err(CatalogError::misconfigured("warehouse is empty; name a folder, file:// or s3://"));
     }
@@ -394,8 +404,9 @@ fn warehouse_of_sql(warehouse: &str) -> Result<(String, Arc<dyn StorageFactory>)
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, CatalogError> {
-    std::path::absolute(path)
-        .map_err(|error| CatalogError::misconfigured(format!("path {} is not usable: {error}", path.display())))
+    std::path::absolute(path).map_err(|error| {
+        CatalogError::misconfigured(format!("path {} is not usable: {error}", path.display()))
+    })
 }
 
 fn path_text(path: &Path) -> Result<&str, CatalogError> {
@@ -448,7 +459,9 @@ pub async fn ensure_namespace(catalog: &dyn Catalog, namespace: &NamespaceIdent)
 pub async fn load(catalog: &dyn Catalog, table: &TableIdent) -> Result<Option<Table>, CatalogError> {
     match catalog.load_table(table).await {
         Ok(table) => Ok(Some(table)),
-        Err(error) if matches!(error.kind(), ErrorKind::TableNotFound | ErrorKind::NamespaceNotFound) => Ok(None),
+        Err(error) if matches!(error.kind(), ErrorKind::TableNotFound | ErrorKind::NamespaceNotFound) => {
+            Ok(None)
+        }
         Err(error) => Err(CatalogError::classify(format!("table {table}"), error)),
     }
 }
@@ -561,3 +574,185 @@ macro_rules! forward_catalog {
 
 forward_catalog!([<C: Catalog>] Timed<C>, self => self.inner, timed);
 forward_catalog!([] TokenRenewing, self => self.fresh().await?, std::convert::identity);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::job::Setting;
+
+    fn config(kind: CatalogKind, uri: &str, warehouse: &str) -> CatalogConfig {
+        CatalogConfig {
+            kind,
+            uri: uri.to_owned(),
+            warehouse: warehouse.to_owned(),
+            properties: BTreeMap::new(),
+        }
+    }
+
+    fn of_folder_config(folder: &Path) -> CatalogConfig {
+        let uri = format!("sqlite:{}", folder.join("deep/er/cat alog%.db").display());
+        config(CatalogKind::Sql, &uri, &folder.join("ware house").display().to_string())
+    }
+
+    #[tokio::test]
+    async fn a_sql_catalog_is_created_in_wal_mode_and_found_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = of_folder_config(folder.path());
+        let namespace = NamespaceIdent::from_strs(["events", "raw"]).unwrap();
+        let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+        ensure_namespace(catalog.as_ref(), &namespace).await.unwrap();
+        ensure_namespace(catalog.as_ref(), &namespace).await.unwrap();
+        drop(catalog);
+
+        let path = folder.path().join("deep/er/cat alog%.db");
+        let options = SqliteConnectOptions::new().filename(&path);
+        let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+        let mode: String =
+            sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut connection).await.unwrap();
+        assert_eq!(mode, "wal");
+        let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+        assert!(catalog.namespace_exists(&namespace).await.unwrap());
+        assert!(folder.path().join("ware house").is_dir());
+    }
+
+    #[tokio::test]
+    async fn a_table_that_is_missing_is_none_and_no_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalog = connect(&of_folder_config(folder.path()), CATALOG_NAME).await.unwrap();
+        let table = TableIdent::from_strs(["events", "nothing"]).unwrap();
+        assert!(load(catalog.as_ref(), &table).await.unwrap().is_none());
+    }
+
+    /// The scenario of bug 3061: a reader holds the file while another writes. In the default journal mode the write
+    /// waits for the reader, fails, and is reported as done.
+    #[tokio::test]
+    async fn a_reader_of_the_sqlite_file_does_not_hold_up_a_write() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = of_folder_config(folder.path());
+        let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+        let options = SqliteConnectOptions::new().filename(folder.path().join("deep/er/cat alog%.db"));
+        let mut reader = SqliteConnection::connect_with(&options).await.unwrap();
+        sqlx::query("BEGIN").execute(&mut reader).await.unwrap();
+        let _held: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM iceberg_tables").fetch_one(&mut reader).await.unwrap();
+
+        let namespace = NamespaceIdent::new("events".to_owned());
+        ensure_namespace(catalog.as_ref(), &namespace).await.unwrap();
+
+        assert!(catalog.namespace_exists(&namespace).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn configurations_that_can_not_work_are_refused_before_anything_is_sent() {
+        let folder = tempfile::tempdir().unwrap();
+        let good = of_folder_config(folder.path());
+        let with = |key: &str, value: Setting| {
+            let mut config = good.clone();
+            config.properties.insert(key.to_owned(), value);
+            config
+        };
+        let plain = |text: &str| Setting::Plain(text.to_owned());
+        let cases = [
+            (config(CatalogKind::Sql, "postgresql://host/db", "/tmp"), "postgresql"),
+            (config(CatalogKind::Sql, "sqlite::memory:", "/tmp"), "names a file"),
+            (config(CatalogKind::Sql, &good.uri, "gs://bucket/wh"), "gs:// is not"),
+            (config(CatalogKind::Sql, &good.uri, ""), "warehouse is empty"),
+            (config(CatalogKind::Sql, &good.uri, "/tmp/a?b"), "choose another folder"),
+            (config(CatalogKind::Rest, "ftp://host", "wh"), "http://"),
+            (with("pool.max-connections", plain("many")), "a number of connections"),
+            (with("token", plain("hush\nhush")), "one line"),
+            (with("credential", Setting::Env("TIDEMILL_NOT_SET".to_owned())), "TIDEMILL_NOT_SET"),
+        ];
+        for (config, reason) in cases {
+            let error = connect(&config, CATALOG_NAME).await.unwrap_err();
+            assert!(matches!(error, CatalogError::Misconfigured { .. }), "{error:?}");
+            assert!(error.to_string().contains(reason), "{error}");
+            assert!(!format!("{error:?}").contains("hush"));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_no_database_is_misconfigured() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("catalog.db");
+        std::fs::write(&path, "this is a text and no database, long enough to be read as a header of one")
+            .unwrap();
+        let config = config(CatalogKind::Sql, &format!("sqlite://{}", path.display()), "/tmp");
+        let error = connect(&config, CATALOG_NAME).await.unwrap_err();
+        assert!(matches!(error, CatalogError::Misconfigured { .. }), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn a_rest_catalog_that_nobody_serves_is_away() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let config = config(CatalogKind::Rest, &format!("http://{address}"), "wh");
+        let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+        let table = TableIdent::from_strs(["events", "n"]).unwrap();
+        let error = load(catalog.as_ref(), &table).await.unwrap_err();
+        assert!(matches!(error, CatalogError::Away { .. }), "{error:?}");
+        assert!(error.to_string().contains("table events.n"));
+    }
+
+    /// A server of one answer: what a REST catalog says decides how the caller must react, and no secret is shown.
+    #[tokio::test]
+    async fn answers_of_a_rest_catalog_are_sorted_by_what_to_do() {
+        use std::io::{Read, Write};
+        let cases: [(&str, &str, fn(&CatalogError) -> bool); 5] = [
+            ("401 Unauthorized", "", |error| matches!(error, CatalogError::Refused { .. })),
+            ("403 Forbidden", "{}", |error| matches!(error, CatalogError::Refused { .. })),
+            ("503 Service Unavailable", "", |error| matches!(error, CatalogError::Away { .. })),
+            ("429 Too Many Requests", "later", |error| matches!(error, CatalogError::Away { .. })),
+            ("200 OK", "<html>hello</html>", |error| matches!(error, CatalogError::Unexpected { .. })),
+        ];
+        for (status, body, is_right) in cases {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = listener.local_addr().unwrap();
+            let answer = format!(
+                "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+                body.len()
+            );
+            let server = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _ = stream.read(&mut [0; 4096]).unwrap();
+                stream.write_all(answer.as_bytes()).unwrap();
+            });
+            let mut config = config(CatalogKind::Rest, &format!("http://{address}"), "wh");
+            config.properties.insert("token".to_owned(), Setting::Plain("hush-hush".to_owned()));
+            let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+            let namespace = NamespaceIdent::new("events".to_owned());
+            let error = ensure_namespace(catalog.as_ref(), &namespace).await.unwrap_err();
+            server.join().unwrap();
+            assert!(is_right(&error), "{status}: {error:?}");
+            assert!(!format!("{error:?}").contains("hush"));
+        }
+    }
+
+    #[test]
+    fn the_answer_of_a_token_endpoint_is_never_shown() {
+        let error = Error::new(ErrorKind::Unexpected, "Failed to parse response")
+            .with_context("code", "401 Unauthorized")
+            .with_context("operation", "auth")
+            .with_context("json", "{\"access_token\":\"hush\"}");
+        let error = CatalogError::classify("namespace events", error);
+        assert!(matches!(error, CatalogError::Refused { .. }));
+        assert!(!format!("{error:?}").contains("hush"));
+    }
+
+    #[test]
+    fn errors_of_sqlite_and_the_system_are_sorted_by_their_type() {
+        let of_io = |kind| {
+            let source = std::io::Error::from(kind);
+            CatalogError::classify("table t", Error::new(ErrorKind::Unexpected, "io").with_source(source))
+        };
+        assert!(matches!(of_io(std::io::ErrorKind::StorageFull), CatalogError::Away { .. }));
+        assert!(matches!(of_io(std::io::ErrorKind::ConnectionRefused), CatalogError::Away { .. }));
+        assert!(matches!(of_io(std::io::ErrorKind::PermissionDenied), CatalogError::Refused { .. }));
+        let source = sqlx::Error::PoolTimedOut;
+        let error = CatalogError::classify("t", Error::new(ErrorKind::Unexpected, "sql").with_source(source));
+        assert!(matches!(error, CatalogError::Away { .. }));
+    }
+}

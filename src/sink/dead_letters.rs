@@ -14,7 +14,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, AsArray, Int32Array, Int64Array, LargeBinaryArray, RecordBatch, StringArray, TimestampMicrosecondArray,
+    ArrayRef, AsArray, Int32Array, Int64Array, LargeBinaryArray, RecordBatch, StringArray,
+    TimestampMicrosecondArray,
 };
 use arrow::datatypes::{Int32Type, Int64Type};
 use futures::TryStreamExt;
@@ -110,7 +111,11 @@ pub fn table_schema() -> Result<Schema, SchemaError> {
 ///
 /// # Panics
 /// When a letter names a slot that the run does not have.
-pub fn rows(letters: &[DeadLetter], slots: &[Slot], batch: u64) -> Result<RecordBatch, arrow::error::ArrowError> {
+pub fn rows(
+    letters: &[DeadLetter],
+    slots: &[Slot],
+    batch: u64,
+) -> Result<RecordBatch, arrow::error::ArrowError> {
     let mut letters: Vec<&DeadLetter> = letters.iter().collect();
     letters.sort_by_cached_key(|letter| LetterPlace::of(letter, slots));
     let each = || letters.iter().copied();
@@ -120,7 +125,11 @@ pub fn rows(letters: &[DeadLetter], slots: &[Slot], batch: u64) -> Result<Record
     let columns: [(&str, ArrayRef, bool); 13] = [
         ("topic", text(each().map(|letter| slot_of(letter, slots).topic.as_str())), false),
         ("topic_id", text(each().map(|letter| slot_of(letter, slots).topic_id.to_string())), false),
-        ("partition", Arc::new(Int32Array::from_iter_values(each().map(|letter| slot_of(letter, slots).partition))), false),
+        (
+            "partition",
+            Arc::new(Int32Array::from_iter_values(each().map(|letter| slot_of(letter, slots).partition))),
+            false,
+        ),
         ("offset", Arc::new(Int64Array::from_iter_values(each().map(|letter| letter.place.offset))), false),
         ("index", Arc::new(Int32Array::from_iter_values(each().map(|letter| letter.place.row_index))), false),
         (
@@ -132,8 +141,16 @@ pub fn rows(letters: &[DeadLetter], slots: &[Slot], batch: u64) -> Result<Record
             true,
         ),
         ("key", Arc::new(LargeBinaryArray::from_iter(each().map(|letter| letter.key.as_deref()))), true),
-        ("payload", Arc::new(LargeBinaryArray::from_iter(each().map(|letter| letter.payload.as_deref()))), true),
-        ("payload_bytes", Arc::new(Int64Array::from_iter_values(each().map(|letter| letter.payload_bytes))), false),
+        (
+            "payload",
+            Arc::new(LargeBinaryArray::from_iter(each().map(|letter| letter.payload.as_deref()))),
+            true,
+        ),
+        (
+            "payload_bytes",
+            Arc::new(Int64Array::from_iter_values(each().map(|letter| letter.payload_bytes))),
+            false,
+        ),
         ("reason_code", text(each().map(|letter| letter.code.as_str())), false),
         ("reason_text", text(each().map(|letter| letter.text.as_str())), false),
         ("kind", text(each().map(|_| KIND_LETTER)), false),
@@ -209,10 +226,12 @@ fn mark_known(
     known: &mut [bool],
 ) -> Result<(), iceberg::Error> {
     let wrong = |what: String| iceberg::Error::new(iceberg::ErrorKind::DataInvalid, what);
-    let column = |name: &str| batch.column_by_name(name).ok_or_else(|| wrong(format!("no column {name} was read")));
+    let column =
+        |name: &str| batch.column_by_name(name).ok_or_else(|| wrong(format!("no column {name} was read")));
     let typed = |name: &str| wrong(format!("column {name} was read in another type"));
     let topic_ids = column("topic_id")?.as_string_opt::<i32>().ok_or_else(|| typed("topic_id"))?;
-    let partitions = column("partition")?.as_primitive_opt::<Int32Type>().ok_or_else(|| typed("partition"))?;
+    let partitions =
+        column("partition")?.as_primitive_opt::<Int32Type>().ok_or_else(|| typed("partition"))?;
     let offsets = column("offset")?.as_primitive_opt::<Int64Type>().ok_or_else(|| typed("offset"))?;
     let indices = column("index")?.as_primitive_opt::<Int32Type>().ok_or_else(|| typed("index"))?;
     for row in 0..batch.num_rows() {
@@ -232,4 +251,107 @@ fn mark_known(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::letter::ReasonCode;
+    use crate::offset::Place;
+    use crate::sink::schema::create_dead_letters;
+    use crate::sink::testing::{append, catalog, job, read};
+    use crate::sink::writer::TableWriter;
+
+    fn slots(count: i32) -> Vec<Slot> {
+        let slot = |partition: i32| Slot {
+            topic: format!("topic-{}", partition % 2),
+            topic_id: TopicId(Uuid::from_u128(0xabc0 + (partition % 2) as u128)),
+            partition,
+        };
+        (0..count).map(slot).collect()
+    }
+
+    fn letter(slot: u32, offset: i64, row_index: i32) -> DeadLetter {
+        DeadLetter {
+            place: Place { slot, offset, row_index },
+            timestamp_ms: (offset % 2 == 0).then_some(1_772_323_200_000 + offset),
+            key: (offset % 3 == 0).then(|| vec![0, 159, 146, 150]),
+            payload: (offset % 5 != 0).then(|| format!("{{\"n\":{offset}").into_bytes()),
+            payload_bytes: offset,
+            code: ReasonCode::TruncatedJson,
+            text: format!("payload ends inside a value at byte {offset}"),
+        }
+    }
+
+    async fn write(catalog: &dyn iceberg::Catalog, table: Table, batch: RecordBatch) -> Table {
+        let mut writer = TableWriter::new(&table, Uuid::now_v7(), 16 << 20, &[]).unwrap();
+        writer.write(&batch).await.unwrap();
+        append(catalog, &table, writer.finish().await.unwrap()).await
+    }
+
+    #[tokio::test]
+    async fn letters_stand_in_the_table_with_their_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = job(folder.path());
+        let catalog = catalog(&job).await;
+        let table = create_dead_letters(catalog.as_ref(), &job).await.unwrap();
+        let letters = [letter(1, 8, 0), letter(0, 15, 2), letter(0, 7, 0)];
+        let table = write(catalog.as_ref(), table, rows(&letters, &slots(2), 4).unwrap()).await;
+
+        let found =
+            read(&table, &["topic", "offset", "index", "payload", "key", "reason_code", "kafka_timestamp"])
+                .await;
+        let all = arrow::compute::concat_batches(&found[0].schema(), &found).unwrap();
+        let offsets = all.column(1).as_primitive::<Int64Type>().values().to_vec();
+        assert_eq!(offsets, [7, 15, 8]);
+        assert_eq!(all.column(0).as_string::<i32>().value(2), "topic-1");
+        assert_eq!(all.column(2).as_primitive::<Int32Type>().values().to_vec(), [0, 2, 0]);
+        let payloads = all.column(3).as_binary::<i64>();
+        assert_eq!(
+            payloads.iter().collect::<Vec<_>>(),
+            [Some(b"{\"n\":7".as_slice()), None, Some(b"{\"n\":8")]
+        );
+        let keys = all.column(4).as_binary::<i64>();
+        assert_eq!(keys.iter().collect::<Vec<_>>(), [None, Some([0, 159, 146, 150].as_slice()), None]);
+        assert_eq!(all.column(5).as_string::<i32>().value(0), "truncated_json");
+        let times = all.column(6).as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
+        assert_eq!(times.iter().collect::<Vec<_>>(), [None, None, Some(1_772_323_200_008_000)]);
+    }
+
+    #[tokio::test]
+    async fn only_places_that_stand_are_known_whatever_the_slots_are_today() {
+        for partitions in [3, 200] {
+            let folder = tempfile::tempdir().unwrap();
+            let job = job(folder.path());
+            let catalog = catalog(&job).await;
+            let table = create_dead_letters(catalog.as_ref(), &job).await.unwrap();
+            let mut slots = slots(partitions);
+            let place = |letter: &DeadLetter, slots: &[Slot]| LetterPlace::of(letter, slots);
+            assert_eq!(known_places(&table, &[place(&letter(0, 1, 0), &slots)]).await.unwrap(), [false]);
+            let last = partitions as u32 - 1;
+            let mut table = table;
+            for part in 0..3 {
+                let letters: Vec<DeadLetter> = (0..=last)
+                    .flat_map(|slot| [letter(slot, part * 10, 0), letter(slot, part * 10, 1)])
+                    .collect();
+                table = write(catalog.as_ref(), table, rows(&letters, &slots, 1).unwrap()).await;
+            }
+            let today: Vec<DeadLetter> = (0..=last)
+                .flat_map(|slot| {
+                    [letter(slot, 10, 1), letter(slot, 10, 2), letter(slot, 11, 0), letter(slot, 20, 0)]
+                })
+                .collect();
+            let places: Vec<LetterPlace> = today.iter().map(|letter| place(letter, &slots)).collect();
+            let expected: Vec<bool> = (0..=last).flat_map(|_| [true, false, false, true]).collect();
+            assert_eq!(known_places(&table, &places).await.unwrap(), expected);
+            // the topic was made again: same name and offsets, other places
+            for slot in &mut slots {
+                slot.topic_id = TopicId(Uuid::from_u128(7));
+            }
+            let places: Vec<LetterPlace> = today.iter().map(|letter| place(letter, &slots)).collect();
+            assert_eq!(known_places(&table, &places).await.unwrap(), vec![false; places.len()]);
+        }
+    }
 }

@@ -84,3 +84,70 @@ pub(super) async fn scan(
     let batches = builder.build().map_err(&of_table)?.to_arrow().await.map_err(&of_table)?;
     Ok(batches.map(move |batch| batch.map_err(&of_table)).boxed())
 }
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::AsArray;
+    use arrow::datatypes::Int64Type;
+    use futures::TryStreamExt;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::sink::schema::create_main;
+    use crate::sink::testing::{append, catalog, events, job};
+    use crate::sink::writer::TableWriter;
+
+    async fn offsets(table: &Table, snapshot_id: Option<i64>, batch_max: Option<u64>) -> Vec<i64> {
+        let columns = ["event_id", "_kafka_offset"].map(str::to_owned);
+        let scan = scan_keys(table, snapshot_id, &columns, batch_max).await.unwrap();
+        let batches: Vec<RecordBatch> = scan.try_collect().await.unwrap();
+        let mut found = Vec::new();
+        for batch in &batches {
+            assert!(batch.num_rows() <= SCAN_ROWS_MAX);
+            assert_eq!(batch.schema().field(0).name(), "event_id");
+            found.extend_from_slice(batch.column(1).as_primitive::<Int64Type>().values());
+        }
+        found.sort_unstable();
+        found
+    }
+
+    #[tokio::test]
+    async fn keys_are_read_of_one_snapshot_and_up_to_one_batch() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = job(folder.path());
+        let catalog = catalog(&job).await;
+        let mut table = create_main(catalog.as_ref(), &job).await.unwrap();
+        assert_eq!(offsets(&table, None, None).await, Vec::<i64>::new());
+        let mut snapshots = Vec::new();
+        for batch in 1..=3_i64 {
+            let rows = events(batch * 20_000, 20_000, 2);
+            let index = rows.schema().index_of("_tidemill_batch").unwrap();
+            let mut columns = rows.columns().to_vec();
+            columns[index] =
+                std::sync::Arc::new(arrow::array::Int64Array::from(vec![batch; rows.num_rows()]));
+            let rows = RecordBatch::try_new(rows.schema(), columns).unwrap();
+            let mut writer = TableWriter::new(&table, Uuid::now_v7(), 64 << 20, &[]).unwrap();
+            writer.write(&rows).await.unwrap();
+            table = append(catalog.as_ref(), &table, writer.finish().await.unwrap()).await;
+            snapshots.push(table.metadata().current_snapshot_id());
+        }
+        assert_eq!(offsets(&table, None, None).await, (20_000..80_000).collect::<Vec<_>>());
+        assert_eq!(offsets(&table, None, Some(2)).await, (20_000..60_000).collect::<Vec<_>>());
+        assert_eq!(offsets(&table, snapshots[0], None).await, (20_000..40_000).collect::<Vec<_>>());
+        assert_eq!(offsets(&table, None, Some(0)).await, Vec::<i64>::new());
+    }
+
+    #[tokio::test]
+    async fn a_column_or_snapshot_that_is_not_there_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = job(folder.path());
+        let catalog = catalog(&job).await;
+        let table = create_main(catalog.as_ref(), &job).await.unwrap();
+        let columns = ["event_id".to_owned()];
+        assert!(scan_keys(&table, Some(42), &columns, None).await.is_err());
+        let mut writer = TableWriter::new(&table, Uuid::now_v7(), 64 << 20, &[]).unwrap();
+        writer.write(&events(0, 1, 1)).await.unwrap();
+        let table = append(catalog.as_ref(), &table, writer.finish().await.unwrap()).await;
+        assert!(scan_keys(&table, None, &["nowhere".to_owned()], None).await.is_err());
+    }
+}

@@ -13,8 +13,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use iceberg::spec::{
-    FormatVersion, NestedField, NestedFieldRef, PrimitiveType, Schema, Transform, Type, UnboundPartitionField,
-    UnboundPartitionSpec,
+    FormatVersion, NestedField, NestedFieldRef, PrimitiveType, Schema, Transform, Type,
+    UnboundPartitionField, UnboundPartitionSpec,
 };
 use iceberg::table::Table;
 use iceberg::transaction::{AddColumn, ApplyTransactionAction, Transaction};
@@ -177,7 +177,10 @@ fn invalid(what: impl Into<String>, error: iceberg::Error) -> SchemaError {
 ///
 /// # Errors
 /// [`SchemaError::Invalid`] when a column is missing or a transform does not take its type.
-pub fn partition_spec(partition_by: &[PartitionField], schema: &Schema) -> Result<UnboundPartitionSpec, SchemaError> {
+pub fn partition_spec(
+    partition_by: &[PartitionField],
+    schema: &Schema,
+) -> Result<UnboundPartitionSpec, SchemaError> {
     let mut spec = UnboundPartitionSpec::builder();
     for field in partition_by {
         let what = || format!("partition field {}", in_words(&field.column, &field.transform));
@@ -194,9 +197,34 @@ pub fn partition_spec(partition_by: &[PartitionField], schema: &Schema) -> Resul
         spec = added.map_err(|error| invalid(what(), error))?;
     }
     let spec = spec.build();
+    refuse_unwritable_values(partition_by, schema)?;
     // binding checks what the unbound builder can not: types, names that collide with columns
-    spec.clone().bind(schema.clone()).map_err(|error| invalid("the job's partition fields do not fit", error))?;
+    spec.clone()
+        .bind(schema.clone())
+        .map_err(|error| invalid("the job's partition fields do not fit", error))?;
     Ok(spec)
+}
+
+/// The crate can not put a UUID into a manifest (0.10.1: "could not find matching type in UnionSchema"): better said
+/// here than by the first commit.
+fn refuse_unwritable_values(partition_by: &[PartitionField], schema: &Schema) -> Result<(), SchemaError> {
+    for field in partition_by {
+        let is_uuid = schema
+            .field_by_name(&field.column)
+            .is_some_and(|source| *source.field_type == Type::Primitive(PrimitiveType::Uuid));
+        if is_uuid && field.transform == Transform::Identity {
+            let what = format!(
+                "table partitions by the values of {} {} can not be committed; use bucket(N, {})",
+                PrimitiveType::Uuid,
+                field.column,
+                field.column
+            );
+            let error =
+                iceberg::Error::new(iceberg::ErrorKind::FeatureUnsupported, "uuid as a partition value");
+            return Err(invalid(what, error));
+        }
+    }
+    Ok(())
 }
 
 fn partition_field_name(field: &PartitionField) -> String {
@@ -228,7 +256,8 @@ fn in_words(column: &str, transform: &Transform) -> String {
 /// # Errors
 /// [`SchemaError::Invalid`] when a part is missing or empty.
 pub fn table_ident(parts: &[String]) -> Result<TableIdent, SchemaError> {
-    let what = || format!("table name {:?} needs a namespace and a name: events.notifications", parts.join("."));
+    let what =
+        || format!("table name {:?} needs a namespace and a name: events.notifications", parts.join("."));
     if parts.len() < 2 || parts.iter().any(String::is_empty) {
         let error = iceberg::Error::new(iceberg::ErrorKind::DataInvalid, "a part is missing");
         return Err(invalid(what(), error));
@@ -452,7 +481,8 @@ fn unknown_required_columns(table: &Table, wanted: &Schema) -> Vec<Difference> {
 fn compare_partition_spec(table: &Table, partition_by: &[PartitionField]) -> Option<Difference> {
     let metadata = table.metadata();
     let schema = metadata.current_schema();
-    let live = metadata.default_partition_spec().fields().iter().filter(|field| field.transform != Transform::Void);
+    let live =
+        metadata.default_partition_spec().fields().iter().filter(|field| field.transform != Transform::Void);
     let found: Vec<String> = live
         .map(|field| in_words(schema.name_by_field_id(field.source_id).unwrap_or("?"), &field.transform))
         .collect();

@@ -108,8 +108,16 @@ pub fn events(first: i64, count: i64, days: i64) -> RecordBatch {
             Arc::new(Decimal128Array::from_iter(amounts).with_precision_and_scale(12, 2).unwrap()),
             true,
         ),
-        ("event_time", Arc::new(TimestampMicrosecondArray::from_iter_values(when).with_timezone("UTC")), false),
-        ("device", Arc::new(FixedSizeBinaryArray::try_from_sparse_iter_with_size(devices, 16).unwrap()), true),
+        (
+            "event_time",
+            Arc::new(TimestampMicrosecondArray::from_iter_values(when).with_timezone("UTC")),
+            false,
+        ),
+        (
+            "device",
+            Arc::new(FixedSizeBinaryArray::try_from_sparse_iter_with_size(devices, 16).unwrap()),
+            true,
+        ),
         ("_kafka_topic", Arc::new(StringArray::from_iter_values(numbers().map(|_| "sent"))), false),
         ("_kafka_partition", Arc::new(Int32Array::from_iter_values(numbers().map(|_| 3))), false),
         ("event_id", Arc::new(StringArray::from_iter_values(numbers().map(event_id))), false),

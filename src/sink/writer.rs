@@ -99,7 +99,8 @@ pub enum WriteError {
 }
 
 type FileWriter = DataFileWriter<ParquetWriterBuilder, TableLocations, DefaultFileNameGenerator>;
-type FileWriterBuilder = DataFileWriterBuilder<ParquetWriterBuilder, TableLocations, DefaultFileNameGenerator>;
+type FileWriterBuilder =
+    DataFileWriterBuilder<ParquetWriterBuilder, TableLocations, DefaultFileNameGenerator>;
 
 /// Writes rows of one batch and one table into Parquet files.
 pub struct TableWriter {
@@ -163,7 +164,11 @@ impl TableWriter {
             layout.file_bytes_target(),
             table.file_io().clone(),
             locations.clone(),
-            DefaultFileNameGenerator::new(format!("{attempt}-{writer_number}"), None, DataFileFormat::Parquet),
+            DefaultFileNameGenerator::new(
+                format!("{attempt}-{writer_number}"),
+                None,
+                DataFileFormat::Parquet,
+            ),
         );
         Ok(Self {
             table: name.clone(),
@@ -238,7 +243,8 @@ impl TableWriter {
             while self.open.len() >= OPEN_FILES_MAX {
                 self.finish_fullest().await?;
             }
-            let partition = PartitionKey::new(self.spec.as_ref().clone(), self.schema.clone(), values.clone());
+            let partition =
+                PartitionKey::new(self.spec.as_ref().clone(), self.schema.clone(), values.clone());
             let writer = self.builder.build(Some(partition)).await.map_err(|error| self.of_storage(error))?;
             self.open.insert(key.clone(), OpenFile { writer, written_bytes: 0 });
         }
@@ -367,7 +373,10 @@ impl Columns {
                 None => new_null_array(field.data_type(), batch.num_rows()),
             };
             if !field.is_nullable() && array.null_count() > 0 {
-                return Err(Misfit::Columns(format!("required column {} has no value in a row", field.name())));
+                return Err(Misfit::Columns(format!(
+                    "required column {} has no value in a row",
+                    field.name()
+                )));
             }
             fields.push(field.as_ref().clone().with_data_type(array.data_type().clone()));
             arrays.push(array);
@@ -396,7 +405,8 @@ fn same_bytes(found: &DataType, wanted: &DataType) -> bool {
         other => other,
     };
     let is_text = |of: &DataType| matches!(of, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
-    let is_binary = |of: &DataType| matches!(of, DataType::Binary | DataType::LargeBinary | DataType::BinaryView);
+    let is_binary =
+        |of: &DataType| matches!(of, DataType::Binary | DataType::LargeBinary | DataType::BinaryView);
     (is_text(value) && is_text(wanted)) || (is_binary(value) && is_binary(wanted))
 }
 
@@ -549,7 +559,8 @@ fn path_part(text: &str) -> String {
 
 /// Path of a location in a local warehouse; `None` on other storage.
 pub fn local_path(location: &str) -> Option<&std::path::Path> {
-    let path = location.strip_prefix("file://").or_else(|| location.strip_prefix("file:")).unwrap_or(location);
+    let path =
+        location.strip_prefix("file://").or_else(|| location.strip_prefix("file:")).unwrap_or(location);
     path.starts_with('/').then(|| std::path::Path::new(path))
 }
 

@@ -61,8 +61,18 @@ async fn a_missing_table_is_created_with_its_namespace_and_then_differs_in_nothi
     assert_eq!(compare(&loaded, &job).unwrap(), Comparison::default());
     let schema = loaded.metadata().current_schema();
     let names: Vec<&str> = schema.as_struct().fields().iter().map(|field| field.name.as_str()).collect();
-    assert_eq!(names[5..], ["unknown_fields", "_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_index",
-        "_kafka_timestamp", "_tidemill_batch"]);
+    assert_eq!(
+        names[5..],
+        [
+            "unknown_fields",
+            "_kafka_topic",
+            "_kafka_partition",
+            "_kafka_offset",
+            "_kafka_index",
+            "_kafka_timestamp",
+            "_tidemill_batch"
+        ]
+    );
     assert_eq!(schema.identifier_field_ids().collect::<Vec<_>>(), [1]);
     assert_eq!(loaded.metadata().default_partition_spec().fields()[0].name, "event_time_day");
     assert_eq!(loaded.metadata().format_version(), FormatVersion::V2);
@@ -139,7 +149,7 @@ async fn types_and_required_flags_that_differ_are_refused_with_both_sides_and_th
     assert_eq!(kinds(&comparison), [DifferenceKind::ColumnType, DifferenceKind::ColumnRequired]);
     assert_eq!(
         comparison.refusals[0].to_string(),
-        "column amount has type decimal(12,2) in table events.notifications and decimal(18,2) in the job; give the \
+        "column amount has type decimal(12, 2) in table events.notifications and decimal(18, 2) in the job; give the \
          job's column the table's type, or another name"
     );
     assert_eq!(
@@ -170,7 +180,10 @@ async fn a_column_that_differs_only_in_case_is_not_added_a_second_time() {
     job.decode.columns[4].name = "Provider".to_owned();
     let comparison = compare(&table, &job).unwrap();
     assert_eq!(kinds(&comparison), [DifferenceKind::ColumnCase]);
-    assert!(comparison.refusals[0].sentence.contains("Provider") && comparison.refusals[0].sentence.contains("provider"));
+    assert!(
+        comparison.refusals[0].sentence.contains("Provider")
+            && comparison.refusals[0].sentence.contains("provider")
+    );
 }
 
 #[tokio::test]
@@ -179,7 +192,8 @@ async fn another_partition_spec_is_refused_with_the_line_for_the_job_file() {
     let mut job = job(folder.path());
     let catalog = catalog(&job).await;
     let table = create_main(catalog.as_ref(), &job).await.unwrap();
-    job.sink.partition_by = vec![PartitionField { column: "event_id".to_owned(), transform: Transform::Bucket(16) }];
+    job.sink.partition_by =
+        vec![PartitionField { column: "event_id".to_owned(), transform: Transform::Bucket(16) }];
     let comparison = compare(&table, &job).unwrap();
     assert_eq!(kinds(&comparison), [DifferenceKind::PartitionSpec]);
     assert_eq!(

@@ -81,7 +81,9 @@ impl FileLayout {
             .set_compression(properties.compression()?)
             .set_max_row_group_bytes(Some(row_group_bytes_max))
             .set_data_page_size_limit(page_bytes.min(page_bytes_max))
-            .set_data_page_row_count_limit(properties.size("write.parquet.page-row-limit", PAGE_ROWS_DEFAULT)?)
+            .set_data_page_row_count_limit(
+                properties.size("write.parquet.page-row-limit", PAGE_ROWS_DEFAULT)?,
+            )
             .set_dictionary_page_size_limit(dictionary_bytes.min(page_bytes_max));
         builder = without_dictionaries(builder, schema, key_columns);
         let blooms = properties.bloom_filters(schema, row_group_bytes_max)?;
@@ -141,8 +143,8 @@ fn without_dictionaries(
     let key_columns: HashSet<&str> = key_columns.iter().map(String::as_str).collect();
     for field in schema.as_struct().fields() {
         let is_key = key_columns.contains(field.name.as_str());
-        let is_long =
-            field.name == UNKNOWN_FIELDS_COLUMN || *field.field_type == Type::Primitive(PrimitiveType::Binary);
+        let is_long = field.name == UNKNOWN_FIELDS_COLUMN
+            || *field.field_type == Type::Primitive(PrimitiveType::Binary);
         let is_offset = matches!(field.name.as_str(), "_kafka_offset" | "offset");
         let path = || ColumnPath::from(field.name.clone());
         if is_key || is_long || is_offset {
@@ -197,7 +199,8 @@ impl Properties<'_> {
         match codec.to_ascii_lowercase().as_str() {
             "zstd" => {
                 let level_property = "write.parquet.compression-level";
-                let level: i32 = self.parse(level_property, ZSTD_LEVEL_DEFAULT, "a level of zstd, 1 to 22")?;
+                let level: i32 =
+                    self.parse(level_property, ZSTD_LEVEL_DEFAULT, "a level of zstd, 1 to 22")?;
                 let level = ZstdLevel::try_new(level)
                     .map_err(|_| refused(level_property, &level.to_string(), "a level of zstd, 1 to 22"))?;
                 Ok(Compression::ZSTD(level))
@@ -209,7 +212,11 @@ impl Properties<'_> {
         }
     }
 
-    fn bloom_filters(&self, schema: &Schema, row_group_bytes: usize) -> Result<Vec<BloomFilter>, LayoutError> {
+    fn bloom_filters(
+        &self,
+        schema: &Schema,
+        row_group_bytes: usize,
+    ) -> Result<Vec<BloomFilter>, LayoutError> {
         let bytes_max = self.size("write.parquet.bloom-filter-max-bytes", BLOOM_FILTER_BYTES_DEFAULT)?;
         let bytes_max = bytes_max.min(row_group_bytes / 4);
         let mut blooms = Vec::new();
@@ -220,7 +227,8 @@ impl Properties<'_> {
             }
             let property = format!("write.parquet.bloom-filter-fpp.column.{}", field.name);
             let expected = "a number between 0 and 1";
-            let false_positives: f64 = self.parse(&property, BLOOM_FILTER_FALSE_POSITIVES_DEFAULT, expected)?;
+            let false_positives: f64 =
+                self.parse(&property, BLOOM_FILTER_FALSE_POSITIVES_DEFAULT, expected)?;
             if !(false_positives > 0.0 && false_positives < 1.0) {
                 return Err(refused(&property, &false_positives.to_string(), expected));
             }

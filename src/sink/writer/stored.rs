@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use futures::{StreamExt, TryStreamExt};
 use iceberg::spec::{
-    DataContentType, DataFile, DataFileBuilder, DataFileFormat, Datum, Literal, PartitionSpec, PrimitiveType, Schema,
-    Struct, Type,
+    DataContentType, DataFile, DataFileBuilder, DataFileFormat, Datum, Literal, PartitionSpec, PrimitiveType,
+    Schema, Struct, Type,
 };
 use iceberg::table::Table;
 use serde::{Deserialize, Serialize};
@@ -91,7 +91,10 @@ struct StoredFile {
 /// # Errors
 /// [`StoredFilesError::Unstorable`] names the file.
 pub fn files_to_json(files: &[DataFile], table: &Table) -> Result<Vec<Value>, StoredFilesError> {
-    files.iter().map(|file| file_to_json(file, table).map_err(|error| unstorable(file, table, error))).collect()
+    files
+        .iter()
+        .map(|file| file_to_json(file, table).map_err(|error| unstorable(file, table, error)))
+        .collect()
 }
 
 fn unstorable(file: &DataFile, table: &Table, error: iceberg::Error) -> StoredFilesError {
@@ -191,7 +194,8 @@ fn partition_from_json(values: Vec<Value>, spec: &PartitionSpec, schema: &Schema
 
 fn bounds_from_hex(bounds: BTreeMap<i32, String>, schema: &Schema) -> Result<HashMap<i32, Datum>, String> {
     let read = bounds.into_iter().map(|(id, hex)| {
-        let bound_type = primitive_type(schema, id).ok_or_else(|| format!("no column has the field id {id}"))?;
+        let bound_type =
+            primitive_type(schema, id).ok_or_else(|| format!("no column has the field id {id}"))?;
         let bytes = from_hex(&hex).ok_or_else(|| format!("the bound of field id {id} is not hexadecimal"))?;
         let bound = Datum::try_from_bytes(&bytes, bound_type).map_err(|error| error.to_string())?;
         Ok((id, bound))
@@ -235,7 +239,8 @@ async fn look_for(table: &Table, file: &DataFile) -> Result<Option<LostFile>, St
         path: path.to_owned(),
         source: Box::new(error),
     };
-    let lost = |bytes_found| LostFile { path: path.to_owned(), bytes: file.file_size_in_bytes(), bytes_found };
+    let lost =
+        |bytes_found| LostFile { path: path.to_owned(), bytes: file.file_size_in_bytes(), bytes_found };
     let input = table.file_io().new_input(path).map_err(of_storage)?;
     match input.metadata().await {
         Ok(found) if found.size == file.file_size_in_bytes() => Ok(None),
