@@ -19,7 +19,7 @@
 //! Relative paths (`state_dir`, the SQLite file, a warehouse folder, `file:` secrets) start at the current working
 //! directory of the process, not at the job file.
 //!
-//! Bounds: a file of 1 MiB, values nested 80 deep, 1000 columns, paths 32 names deep.
+//! Bounds: a file of 1 MiB, values nested 80 deep, 1000 columns, paths 32 names deep, 100 problems told.
 
 mod columns;
 mod hash;
@@ -28,6 +28,7 @@ mod kafka;
 mod problem;
 mod reader;
 mod settings;
+mod syntax;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -39,6 +40,7 @@ use std::path::{Path, PathBuf};
 
 use ::iceberg::spec::PrimitiveType;
 
+use self::problem::PROBLEMS_MAX;
 pub use self::problem::{JobErrors, Problem};
 use self::reader::{Desk, Section};
 use self::tree::{Environment, JOB_FILE_BYTES_MAX};
@@ -155,6 +157,11 @@ impl JobSource {
         if !problems.is_empty() {
             // a stable sort by place: problems of filling in were found before those of reading
             problems.sort_by_key(|problem| (problem.line == 0, problem.line, problem.column));
+            if problems.len() > PROBLEMS_MAX {
+                let more = format!("{} more problems", problems.len() - PROBLEMS_MAX);
+                problems.truncate(PROBLEMS_MAX);
+                problems.push(Problem::of_file(&label, more, "mend those above first"));
+            }
             return Err(JobErrors(problems));
         }
         let resolved_hash = hash::hash(&job);
@@ -255,7 +262,7 @@ fn read_state_dir(root: &mut Section<'_, '_>) -> PathBuf {
     } else if path.contains("://") {
         field.wrong(format!("state_dir is {}", field.shown())).expecting("a folder of this machine");
     } else {
-        iceberg::check_no_parent(&field, path);
+        iceberg::check_path(&field, path);
     }
     PathBuf::from(path)
 }

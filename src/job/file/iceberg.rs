@@ -61,9 +61,7 @@ pub(super) fn read_iceberg(
     if let Some(field) = section.get("partition_by") {
         sink.partition_by = read_partition_by(&field, types);
     }
-    let has_catalog = section.get("catalog").is_some();
-    let catalog = section.table("catalog");
-    if has_catalog {
+    if let Some(catalog) = section.get("catalog").and_then(|field| field.table()) {
         sink.catalog = read_catalog(catalog).unwrap_or(sink.catalog);
     }
     if let Some(properties) = section.get("table_properties").and_then(|field| field.table()) {
@@ -363,7 +361,7 @@ fn read_sqlite_uri(field: &Field<'_, '_>) -> Option<String> {
         field.wrong(format!("uri is {}", field.shown())).expecting(EXPECTED).hinting(hint);
         return None;
     }
-    check_no_parent(field, path).then(|| text.to_owned())
+    check_path(field, path).then(|| text.to_owned())
 }
 
 fn read_warehouse(field: &Field<'_, '_>) -> Option<String> {
@@ -392,18 +390,24 @@ fn read_warehouse(field: &Field<'_, '_>) -> Option<String> {
     if path.is_empty() || path.contains(['?', '#', '\0']) {
         return wrong("other programs read ? and # as parts of an address");
     }
-    check_no_parent(field, path).then(|| text.to_owned())
+    check_path(field, path).then(|| text.to_owned())
 }
 
-/// Refuses `..`: what it names depends on links and on where the program was started, and it would stand so in
-/// table metadata.
-pub(super) fn check_no_parent(field: &Field<'_, '_>, path: &str) -> bool {
-    let has_parent = path.split('/').any(|part| part == "..");
-    if has_parent {
+/// Refuses what a path does not mean the same everywhere: `..` depends on links and on where the program was started,
+/// and would stand so in table metadata; `~` is a name like any other outside a shell.
+pub(super) fn check_path(field: &Field<'_, '_>, path: &str) -> bool {
+    if path.split('/').any(|part| part == "..") {
         let hint = "write the path without it, absolute if need be";
         field.wrong(format!("{} leaves its folder by \"..\"", field.name())).hinting(hint);
+        return false;
     }
-    !has_parent
+    if path.starts_with('~') {
+        field
+            .wrong(format!("{} is {}", field.name(), field.shown()))
+            .hinting("write ${HOME} for the home folder");
+        return false;
+    }
+    true
 }
 
 fn read_rest_uri(

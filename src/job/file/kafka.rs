@@ -189,7 +189,7 @@ fn read_start_offsets(
         }
         by_topic.insert(entry.name.clone(), offsets);
     }
-    if matches!(section.free_entries().next(), None) {
+    if section.free_entries().next().is_none() {
         section
             .wrong("start names no offset".to_owned())
             .hinting("write \"earliest\", or { \"topic\" = { 0 = 42 } }");

@@ -5,6 +5,7 @@
 //! help line follow. Excerpts come from a masked copy of the text ([`Sources`]), so a secret that was wrongly
 //! written into the file is not copied into a terminal or a log on top.
 
+use std::cell::Cell;
 use std::fmt;
 use std::ops::Range;
 
@@ -12,6 +13,10 @@ use std::ops::Range;
 const EXCERPT_CHARS_MAX: usize = 140;
 /// Longest piece of a value that a message quotes, in characters.
 const QUOTED_CHARS_MAX: usize = 80;
+
+/// Most problems that are told with their place. Finding a place costs a look through the text, so this also bounds the
+/// time that a file full of mistakes takes.
+pub(super) const PROBLEMS_MAX: usize = 100;
 
 /// One mistake in a job file, or one thing its author should know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,6 +104,7 @@ pub(super) struct Place {
 #[derive(Debug, Default)]
 pub(super) struct Sources {
     list: Vec<Source>,
+    problems: Cell<usize>,
 }
 
 #[derive(Debug)]
@@ -135,7 +141,7 @@ impl Sources {
         self.list.len() - 1
     }
 
-    /// Makes a problem at a place.
+    /// Makes a problem at a place. Beyond [`PROBLEMS_MAX`] the place is left out.
     pub fn problem(&self, place: &Place, field: &str, found: String) -> Problem {
         let source = &self.list[place.source];
         let mut problem = Problem {
@@ -149,6 +155,10 @@ impl Sources {
             excerpt: None,
         };
         let Some(shown) = &source.shown else { return problem };
+        self.problems.set(self.problems.get() + 1);
+        if self.problems.get() > PROBLEMS_MAX {
+            return problem;
+        }
         let before = &source.text[..floor_boundary(&source.text, place.span.start)];
         let line_start = before.rfind('\n').map_or(0, |at| at + 1);
         let start = before[line_start..].chars().count();

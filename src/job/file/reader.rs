@@ -3,9 +3,9 @@
 //! Every getter reports its own problem and then answers `None` or a default, so reading goes on and all problems
 //! are found in one pass; a job made from such answers is thrown away by the caller.
 //!
-//! Invariant: a [`Section`] is finished exactly once, after all its fields were asked for, also when its table is
-//! absent. So the fields a program knows are known whatever the file says, and a test can compare them to the
-//! commented example.
+//! Invariant: a [`Section`] is finished once, after all its fields were asked for. So all fields of the tables that a file
+//! has are known by then: they are what an unknown name is compared to, and what a test compares the commented
+//! example to.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;

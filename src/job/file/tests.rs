@@ -146,7 +146,7 @@ fn columns_count_characters_and_excerpts_survive_tabs_line_ends_and_long_lines()
          0-9, _ and -, starting with a letter or digit"
     );
     let long =
-        refused("[\"a\", \"b\"]", &format!("[{}\"b/\"]", "\"a\", ".repeat(1) + &"         ".repeat(40)));
+        refused("[\"a\", \"b\"]", &format!("[{}\"b/\"]", "\"a\", ".to_owned() + &"         ".repeat(40)));
     let lines: Vec<&str> = long.lines().collect();
     assert_eq!(lines[0], "jobs/x.toml:4:376: \"b/\" can not be the name of a Kafka topic");
     assert!(lines[2].chars().count() < 200, "{}", lines[2]);
@@ -205,6 +205,11 @@ fn every_class_of_mistake_is_named_with_its_way_out() {
             "name = \"n\"",
             "name = \"n\"\nstate_dir = \"../s\"",
             "3:13: state_dir leaves its folder by \"..\"\nhelp: write the path without it, absolute if need be",
+        ),
+        (
+            "name = \"n\"",
+            "name = \"n\"\nstate_dir = \"~/s\"",
+            "3:13: state_dir is the string \"~/s\"\nhelp: write ${HOME} for the home folder",
         ),
         (
             "name = \"n\"",
@@ -692,6 +697,8 @@ fn secrets_are_references_and_a_literal_is_refused_without_being_shown() {
             format!("'''\n{CANARY}'''"),
             "\"${PASSWORD}\"".to_owned(),
             "\"x${PASSWORD}\"".to_owned(),
+            format!("\"${{NOT_SET:-{CANARY}}}\""),
+            format!("\"${{TWELVE}}{CANARY}\""),
             "12345".to_owned(),
         ];
         for literal in literals {
@@ -822,6 +829,16 @@ fn a_catalog_takes_local_and_remote_warehouses() {
     assert_eq!((rest.kind, rest.warehouse.as_str()), (CatalogKind::Rest, ""));
     assert_eq!(rest.properties["s3.region"], Setting::Plain("eu".to_owned()));
     assert_eq!(rest.properties["s3.path-style-access"], Setting::Plain("true".to_owned()));
+}
+
+#[test]
+fn a_file_full_of_mistakes_is_answered_soon_and_shortly() {
+    let unknown: String = (0..100_000).map(|number| format!("x{number}=1\n")).collect();
+    let text = edited("name = \"n\"", &format!("name = \"n\"\n{unknown}"));
+    let errors = check(&text, &[]).expect_err("problems");
+    assert_eq!(errors.0.len(), 101);
+    assert_eq!(errors.0[0].found, "unknown field \"x0\"");
+    assert_eq!(errors.0[100].found, "99900 more problems");
 }
 
 #[test]
@@ -974,6 +991,18 @@ fn the_commented_example_reads_cleanly() {
     let loaded = check(&uncommented, &[]).unwrap_or_else(|errors| panic!("{errors}"));
     assert!(loaded.job.source.properties["sasl.password"].is_secret());
     assert!(loaded.job.sink.catalog.properties["credential"].is_secret());
+}
+
+#[test]
+fn the_small_example_needs_no_environment() {
+    let text = include_str!("../../../jobs/small.toml");
+    let source = JobSource { path: "jobs/small.toml".into(), text: text.to_owned(), sets: Vec::new() };
+    let loaded = source.check(&|_| None).unwrap_or_else(|errors| panic!("{errors}"));
+    assert_eq!(loaded.warnings, []);
+    assert_eq!(
+        loaded.job.source.properties["bootstrap.servers"],
+        Setting::Plain("localhost:9092".to_owned())
+    );
 }
 
 /// Fields of the example as (path, name), with `*` for names that the user chooses.

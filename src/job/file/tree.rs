@@ -1,16 +1,17 @@
 //! A job file as a tree of values, each with its place.
 //!
-//! Flow: text -> `toml_edit` -> [`Entry`] tree -> every `--set` laid over it -> `${NAME}` filled in. Filling in comes
+//! Flow: text -> `syntax` -> `toml_edit` -> [`Entry`] tree -> every `--set` laid over it -> `${NAME}` filled in. Filling in comes
 //! last, so a variable that only an overridden value named need not be set.
 //!
-//! Bounds: a file of [`JOB_FILE_BYTES_MAX`] bytes; `toml_edit` refuses values nested deeper than 80, so the
-//! recursion here is bounded too.
+//! Bounds: a file of [`JOB_FILE_BYTES_MAX`] bytes; values are nested at most 80 deep (`syntax`), so the recursion
+//! here is bounded too.
 
 use std::ops::Range;
 
-use toml_edit::{Document, Item, TableLike};
+use toml_edit::{Item, TableLike};
 
 use super::problem::{Place, Problem, Sources, quoted};
+use super::syntax::{self, SyntaxError};
 use super::words::is_variable_name;
 
 /// Largest job file that is read, in bytes.
@@ -77,7 +78,7 @@ pub(super) fn plant(
     env: Environment<'_>,
     problems: &mut Vec<Problem>,
 ) -> Option<Tree> {
-    let document = match Document::parse(text) {
+    let document = match syntax::parse_document(text) {
         Ok(document) => document,
         Err(error) => {
             problems.push(syntax_problem(label, text, &error));
@@ -100,12 +101,11 @@ pub(super) fn plant(
     Some(Tree { sources, root })
 }
 
-fn syntax_problem(label: &str, text: &str, error: &toml_edit::TomlError) -> Problem {
+fn syntax_problem(label: &str, text: &str, error: &SyntaxError) -> Problem {
     let mut sources = Sources::default();
     sources.add_file(label, text, &secret_looking_lines(text));
-    let span = error.span().unwrap_or(0..0);
-    let place = Place { source: 0, span };
-    let message = error.message().replace('\n', ", ");
+    let place = Place { source: 0, span: error.span.clone() };
+    let message = &error.message;
     let quotes_missing = ["string", "quote", "invalid"].iter().any(|word| message.contains(word));
     let problem = sources.problem(&place, "", format!("not TOML: {message}"));
     if quotes_missing {
@@ -190,9 +190,7 @@ fn gather_secrets(entries: &[Entry], path: &str, secrets: &mut Vec<Range<usize>>
 fn gather_node_secrets(node: &Node, path: &str, secrets: &mut Vec<Range<usize>>) {
     match &node.value {
         Value::Text(text) => {
-            // a reference is safe to show, and showing it helps
-            let reference = ["env:", "file:", "${"].iter().any(|start| text.text.starts_with(start));
-            if (hides(path) && !reference) || has_user_info(&text.text) {
+            if (hides(path) && !is_bare_reference(&text.text)) || has_user_info(&text.text) {
                 secrets.push(node.place.span.clone());
             }
         }
@@ -201,6 +199,12 @@ fn gather_node_secrets(node: &Node, path: &str, secrets: &mut Vec<Range<usize>>)
         Value::Integer(_) | Value::Float(_) if hides(path) => secrets.push(node.place.span.clone()),
         Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Time(_) | Value::Broken => {}
     }
+}
+
+/// Whether a string only names where the secret is: safe to show, and showing it helps.
+fn is_bare_reference(text: &str) -> bool {
+    let variable = text.strip_prefix("${").and_then(|rest| rest.strip_suffix('}'));
+    text.starts_with("env:") || text.starts_with("file:") || variable.is_some_and(is_variable_name)
 }
 
 fn entries_of(table: &dyn TableLike, parent: &Range<usize>) -> Vec<Entry> {
@@ -283,20 +287,17 @@ fn lay_over(
     problems: &mut Vec<Problem>,
 ) {
     let place = Place { source, span: 0..0 };
-    let path: Vec<String> = match toml_edit::Key::parse(key) {
-        Ok(path) if !path.is_empty() => path.iter().map(|part| part.get().to_owned()).collect(),
-        _ => {
-            let problem = sources.problem(&place, "", "not a name that can be set".to_owned());
-            problems.push(problem.expecting("--set key=value with a dotted key").hinting(
-                "quote the parts that hold dots: --set 'source.kafka.properties.\"bootstrap.servers\"=host:9092'",
-            ));
-            return;
-        }
+    let Some(path) = syntax::parse_name(key) else {
+        let problem = sources.problem(&place, "", "not a name that can be set".to_owned());
+        problems.push(problem.expecting("--set key=value with a dotted key").hinting(
+            "quote the parts that hold dots: --set 'source.kafka.properties.\"bootstrap.servers\"=host:9092'",
+        ));
+        return;
     };
     // what is not TOML is a bare word: `memory=512 MiB` needs no quotes inside quotes
-    let mut node = match value.trim().parse::<toml_edit::Value>() {
-        Ok(value) => value_node(&value, &(0..0)),
-        Err(_) => Node { place: place.clone(), value: Value::Text(Text::plain(value)) },
+    let mut node = match syntax::parse_value(value.trim()) {
+        Some(value) => value_node(&value, &(0..0)),
+        None => Node { place: place.clone(), value: Value::Text(Text::plain(value)) },
     };
     node.move_to(&place);
     put(root, &path, &place, node);
