@@ -1,6 +1,6 @@
 //! A job: plain data, checked, with its defaults as named constants.
 //!
-//! [`file`] reads it from TOML. Nothing here touches the network, a clock or the environment.
+//! [`mod@file`] reads it from TOML. Nothing here touches the network, a clock or the environment.
 
 pub mod file;
 
@@ -265,7 +265,7 @@ pub struct IcebergSink {
 pub struct PartitionField {
     /// Source column.
     pub column: String,
-    /// Iceberg transform: identity, year, month, day, hour, bucket[N], truncate[N].
+    /// Iceberg transform: identity, year, month, day, hour, `bucket[N]`, `truncate[N]`.
     pub transform: iceberg::spec::Transform,
 }
 
