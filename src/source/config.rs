@@ -19,7 +19,7 @@ use crate::source::error::SourceError;
 /// Bytes that a queued record costs beside its key and payload: librdkafka's operation and its allocation.
 const RECORD_OVERHEAD_BYTES: u64 = 512;
 /// Fewest queued records per topic partition: a fetch always brings some.
-const QUEUED_RECORDS_MIN: u64 = 64;
+const QUEUED_RECORDS_MIN: u64 = 16;
 /// Smallest and largest request for one topic partition. A larger record batch still comes whole (KIP-74).
 const FETCH_BYTES_MIN: u64 = 16 << 10;
 const FETCH_BYTES_MAX: u64 = 1 << 20;

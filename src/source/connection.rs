@@ -97,7 +97,8 @@ impl Connection {
     /// [`SourceError::Property`]: the job file must change.
     pub fn open(source: &KafkaSource, queue_bytes: u64, job_name: &str) -> Result<Self, SourceError> {
         let config = client_config(source, job_name)?;
-        let brokers = match source.properties.get("bootstrap.servers") {
+        let addresses = ["bootstrap.servers", "metadata.broker.list"];
+        let brokers = match addresses.into_iter().find_map(|name| source.properties.get(name)) {
             Some(Setting::Plain(addresses)) => addresses.clone(),
             Some(reference) => format!("{reference:?}"),
             None => {
@@ -166,7 +167,10 @@ impl Connection {
         }
         topics.sort_by(|one, other| one.topic.cmp(&other.topic));
         // Brokers that gave the topics have given their cluster's id before, if they have one.
-        let cluster_id = self.client.consumer().client().fetch_cluster_id(CONNECT_QUESTION_TIME);
+        let client = self.client.consumer().client();
+        let cluster_id = [CONNECT_QUESTION_TIME, QUESTION_TIME_MAX]
+            .into_iter()
+            .find_map(|time| client.fetch_cluster_id(time));
         Ok(ClusterFacts { cluster_id, topics })
     }
 

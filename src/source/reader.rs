@@ -5,10 +5,11 @@
 //! A record that does not fit into a chunk stays at the head of its queue, so cuts may fall anywhere. A topic partition
 //! that is finished is not looked at again: its queue fills to its bound and librdkafka stops fetching.
 //!
-//! A record batch that fails its checksum is *skipped* by librdkafka, which reports it and goes on (2.12.1,
-//! `rdkafka_msgset_reader.c`, "Propagate CRC error to application and continue"). The report stands in the queue before
-//! the records after the gap, so nothing of them is taken: the client is thrown away and a new one reads from
-//! the next offset again, at most [`REREADS_MAX`] times without progress.
+//! librdkafka does not stop at a record batch that fails its checksum: it reports it and goes on behind it, and where it
+//! then misreads a length it even jumps to an offset that never was (2.12.1, `rdkafka_msgset_reader.c`, "Propagate CRC
+//! error to application and continue"; seen with one flipped byte in a segment of Kafka 4.3.1). The report stands in
+//! the queue before anything that follows the gap, so nothing of that is taken: the client is thrown away and a new
+//! one reads from the next offset again, at most [`REREADS_MAX`] times without progress.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -568,7 +569,8 @@ impl Reader {
             }
             RDKafkaErrorCode::BadMessage
             | RDKafkaErrorCode::BadCompression
-            | RDKafkaErrorCode::InvalidMessage => self.read_again(index, problem),
+            | RDKafkaErrorCode::InvalidMessage
+            | RDKafkaErrorCode::NotImplemented => self.read_again(index, problem),
             RDKafkaErrorCode::TopicAuthorizationFailed => Err(not_authorized(&topic_partition.topic, code)),
             code if is_unknown_topic(code) => {
                 Err(SourceError::UnknownTopic { topic: topic_partition.topic, nearest: Vec::new() })
