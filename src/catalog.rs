@@ -34,6 +34,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode};
 use tokio::sync::Mutex;
 
 use crate::job::{CatalogConfig, CatalogKind};
+use crate::stop::Reason;
 
 /// Name of the catalog inside its SQLite file. pyiceberg must use the same:
 /// `load_catalog("tidemill", type="sql", uri="sqlite:////abs/catalog.db")`.
@@ -52,6 +53,14 @@ pub enum CatalogError {
     /// No answer, or an answer that says "later". Try again later.
     #[error("{what}: the catalog or its storage does not answer; try again later")]
     Away {
+        /// What was asked.
+        what: String,
+        /// The error below.
+        source: Box<Error>,
+    },
+    /// The disk below is full or fails.
+    #[error("{what}: the disk is full or fails; nothing was decided, so free it and try again")]
+    Disk {
         /// What was asked.
         what: String,
         /// The error below.
@@ -98,33 +107,63 @@ impl CatalogError {
         let source = Box::new(without_token_bodies(error));
         match cause {
             Cause::Away => Self::Away { what, source },
+            Cause::Disk => Self::Disk { what, source },
             Cause::Refused => Self::Refused { what, source },
             Cause::Misconfigured => Self::Misconfigured { what, source: Some(source) },
             Cause::Unexpected => Self::Unexpected { what, source },
         }
+    }
+
+    /// The named reason of a run that ends with this error.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Away { .. } => Reason::CatalogAway,
+            Self::Disk { .. } => Reason::StorageFailed,
+            Self::Refused { .. } => Reason::NotAuthorized,
+            Self::Misconfigured { .. } => Reason::Usage,
+            Self::Unexpected { .. } => Reason::Unexpected,
+        }
+    }
+}
+
+/// The named reason of a run that ends with this error of the iceberg crates.
+pub fn reason_of(error: &Error) -> Reason {
+    match cause_of(error) {
+        Cause::Away => Reason::CatalogAway,
+        Cause::Disk => Reason::StorageFailed,
+        Cause::Refused => Reason::NotAuthorized,
+        Cause::Misconfigured => Reason::Usage,
+        Cause::Unexpected => Reason::Unexpected,
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cause {
     Away,
+    Disk,
     Refused,
     Misconfigured,
     Unexpected,
 }
 
 fn cause_of(error: &Error) -> Cause {
+    let text = error.to_string();
+    let is_network = text.contains("http request") || text.contains("error sending request");
     let mut below = std::error::Error::source(error);
     while let Some(cause) = below {
         if let Some(sql) = cause.downcast_ref::<sqlx::Error>() {
             return cause_of_sql(sql);
         }
         if let Some(io) = cause.downcast_ref::<std::io::Error>() {
-            return cause_of_io(io.kind());
+            // a name that can not be looked up has no kind either, and is no matter of a disk
+            return match cause_of_io(io.kind()) {
+                Cause::Disk if is_network => Cause::Away,
+                other => other,
+            };
         }
         below = cause.source();
     }
-    cause_of_text(&error.to_string())
+    cause_of_text(&text)
 }
 
 fn cause_of_sql(error: &sqlx::Error) -> Cause {
@@ -136,8 +175,9 @@ fn cause_of_sql(error: &sqlx::Error) -> Cause {
             // primary result code of SQLite, https://www.sqlite.org/rescode.html; extended ones sit above 8 bits
             let code = database.code().and_then(|code| code.parse::<i32>().ok()).map(|code| code & 0xff);
             match code {
-                Some(5 | 6 | 10 | 13 | 15) => Cause::Away, // busy, locked, i/o error, full, protocol
-                Some(3 | 8 | 23) => Cause::Refused,        // permission, read-only, authorization
+                Some(5 | 6 | 15) => Cause::Away,            // busy, locked, protocol
+                Some(10 | 13) => Cause::Disk,               // i/o error, full
+                Some(3 | 8 | 23) => Cause::Refused,         // permission, read-only, authorization
                 Some(11 | 14 | 26) => Cause::Misconfigured, // corrupt, can not open, not a database
                 _ => Cause::Unexpected,
             }
@@ -151,8 +191,23 @@ fn cause_of_io(kind: std::io::ErrorKind) -> Cause {
     match kind {
         Io::PermissionDenied | Io::ReadOnlyFilesystem => Cause::Refused,
         Io::NotADirectory | Io::IsADirectory | Io::InvalidInput | Io::InvalidFilename => Cause::Misconfigured,
+        Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge => Cause::Disk,
         Io::NotFound => Cause::Unexpected,
-        _ => Cause::Away,
+        Io::ConnectionRefused
+        | Io::ConnectionReset
+        | Io::ConnectionAborted
+        | Io::NotConnected
+        | Io::HostUnreachable
+        | Io::NetworkUnreachable
+        | Io::NetworkDown
+        | Io::BrokenPipe
+        | Io::UnexpectedEof
+        | Io::TimedOut
+        | Io::Interrupted
+        | Io::WouldBlock
+        | Io::ResourceBusy => Cause::Away,
+        // what is left comes from a file: an i/o error of the device has no kind of its own
+        _ => Cause::Disk,
     }
 }
 
@@ -748,9 +803,12 @@ mod tests {
             let source = std::io::Error::from(kind);
             CatalogError::classify("table t", Error::new(ErrorKind::Unexpected, "io").with_source(source))
         };
-        assert!(matches!(of_io(std::io::ErrorKind::StorageFull), CatalogError::Away { .. }));
+        assert!(matches!(of_io(std::io::ErrorKind::StorageFull), CatalogError::Disk { .. }));
         assert!(matches!(of_io(std::io::ErrorKind::ConnectionRefused), CatalogError::Away { .. }));
         assert!(matches!(of_io(std::io::ErrorKind::PermissionDenied), CatalogError::Refused { .. }));
+        let lookup = std::io::Error::other("failed to lookup address information");
+        let error = Error::new(ErrorKind::Unexpected, "Failed to execute http request").with_source(lookup);
+        assert_eq!(reason_of(&error), Reason::CatalogAway);
         let source = sqlx::Error::PoolTimedOut;
         let error = CatalogError::classify("t", Error::new(ErrorKind::Unexpected, "sql").with_source(source));
         assert!(matches!(error, CatalogError::Away { .. }));

@@ -8,6 +8,7 @@
 //! exceptions change no row: creating a table, and adding optional columns to it.
 
 pub mod dead_letters;
+pub mod durable;
 pub mod scan;
 pub mod schema;
 pub mod writer;

@@ -11,6 +11,9 @@ use iceberg::table::Table;
 
 use arrow::array::RecordBatch;
 
+use crate::catalog::reason_of;
+use crate::stop::Reason;
+
 /// Most rows in a batch of a scan.
 pub const SCAN_ROWS_MAX: usize = 16_384;
 /// Column that names the batch of a row.
@@ -30,6 +33,11 @@ pub struct ScanError {
 impl ScanError {
     pub(super) fn of(table: &Table, error: iceberg::Error) -> Self {
         Self { table: table.identifier().to_string(), source: Box::new(error) }
+    }
+
+    /// The named reason of a run that ends with this error.
+    pub fn reason(&self) -> Reason {
+        reason_of(&self.source)
     }
 }
 

@@ -23,6 +23,8 @@ use iceberg::{Catalog, TableCreation, TableIdent};
 use crate::catalog::{self, CatalogError};
 use crate::job::{Job, METADATA_COLUMNS, PartitionField, UNKNOWN_FIELDS_COLUMN, UnknownFields};
 use crate::sink::dead_letters;
+use crate::sink::durable::{FolderSyncError, sync_folders};
+use crate::stop::Reason;
 
 /// Properties of a table that is created here, unless the job sets them.
 ///
@@ -51,6 +53,25 @@ pub enum SchemaError {
         /// The error below.
         source: Box<iceberg::Error>,
     },
+    /// The table stands, and its folders may vanish with a power cut.
+    #[error("table {table} is created and not durable")]
+    FolderSync {
+        /// Name of the table.
+        table: String,
+        /// The folder.
+        source: FolderSyncError,
+    },
+}
+
+impl SchemaError {
+    /// The named reason of a run that ends with this error.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Catalog(error) => error.reason(),
+            Self::Invalid { .. } => Reason::Usage,
+            Self::FolderSync { .. } => Reason::StorageFailed,
+        }
+    }
 }
 
 /// What an existing table has otherwise than a job.
@@ -307,14 +328,26 @@ async fn create(
         .format_version(FormatVersion::V2)
         .build();
     catalog::ensure_namespace(catalog, ident.namespace()).await?;
-    match catalog.create_table(ident.namespace(), creation).await {
-        Ok(table) => Ok(table),
+    let table = match catalog.create_table(ident.namespace(), creation).await {
+        Ok(table) => table,
         // a lost race and a lost answer look alike: the table that stands there counts
         Err(error) => match catalog::load(catalog, ident).await {
-            Ok(Some(table)) => Ok(table),
-            _ => Err(CatalogError::classify(format!("creating table {ident}"), error).into()),
+            Ok(Some(table)) => table,
+            _ => return Err(CatalogError::classify(format!("creating table {ident}"), error).into()),
         },
-    }
+    };
+    sync_table_folders(&table).await?;
+    Ok(table)
+}
+
+/// Makes the names of a new table's folders durable, from the namespace's folder down.
+async fn sync_table_folders(table: &Table) -> Result<(), SchemaError> {
+    let location = table.metadata().location();
+    let namespace_folder = location.rsplit_once('/').map_or(location, |(above, _)| above);
+    let files: Vec<&str> = table.metadata_location().into_iter().collect();
+    sync_folders(&files, namespace_folder)
+        .await
+        .map_err(|source| SchemaError::FolderSync { table: table.identifier().to_string(), source })
 }
 
 /// Compares the main table with the job.

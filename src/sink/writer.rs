@@ -40,6 +40,10 @@ use iceberg::writer::file_writer::rolling_writer::RollingFileWriterBuilder;
 use iceberg::writer::{CurrentFileStatus, IcebergWriter, IcebergWriterBuilder};
 use uuid::Uuid;
 
+use crate::catalog::reason_of;
+use crate::sink::durable::{FolderSyncError, sync_folders};
+use crate::stop::Reason;
+
 pub use layout::{FileLayout, LayoutError};
 pub use stored::{LostFile, StoredFilesError, files_exist, files_from_json, files_to_json};
 
@@ -63,14 +67,12 @@ pub enum WriteError {
         source: Box<iceberg::Error>,
     },
     /// A folder of a local warehouse can not be synced.
-    #[error("folder {folder} of table {table} can not be synced")]
+    #[error("data files of table {table} are not durable")]
     FolderSync {
         /// Name of the table.
         table: String,
-        /// Path of the folder.
-        folder: String,
-        /// The error below.
-        source: std::io::Error,
+        /// The folder.
+        source: FolderSyncError,
     },
     /// A table property does not say how to write a file.
     #[error("table {table}: {source}")]
@@ -96,6 +98,18 @@ pub enum WriteError {
         /// The error below.
         source: arrow::error::ArrowError,
     },
+}
+
+impl WriteError {
+    /// The named reason of a run that ends with this error.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Storage { source, .. } => reason_of(source),
+            Self::FolderSync { .. } => Reason::StorageFailed,
+            Self::Layout { .. } => Reason::Usage,
+            Self::Columns { .. } | Self::Arrow { .. } => Reason::Unexpected,
+        }
+    }
 }
 
 type FileWriter = DataFileWriter<ParquetWriterBuilder, TableLocations, DefaultFileNameGenerator>;
@@ -278,34 +292,42 @@ impl TableWriter {
     }
 
     /// Closes and syncs all files and gives them back, none for a writer that took no row. The order means nothing.
+    /// After it the writer takes no more rows; it can still be aborted.
     ///
     /// # Errors
     /// [`WriteError::Storage`] or [`WriteError::FolderSync`]: the files must not be committed.
-    pub async fn finish(mut self) -> Result<Vec<DataFile>, WriteError> {
+    pub async fn finish(&mut self) -> Result<Vec<DataFile>, WriteError> {
         let open: Vec<OpenFile> = self.open.drain().map(|(_, file)| file).collect();
         let closing = futures::stream::iter(open)
             .map(|mut file| async move { file.writer.close().await })
             .buffer_unordered(FILES_CLOSING_MAX);
         let closed: Vec<Vec<DataFile>> =
             closing.try_collect().await.map_err(|error| self.of_storage(error))?;
-        self.finished.extend(closed.into_iter().flatten());
-        let rows: u64 = self.finished.iter().map(DataFile::record_count).sum();
+        let mut files = std::mem::take(&mut self.finished);
+        files.extend(closed.into_iter().flatten());
+        let rows: u64 = files.iter().map(DataFile::record_count).sum();
         assert_eq!(rows, self.rows_written, "every row written stands in exactly one data file");
-        let paths: Vec<&str> = self.finished.iter().map(DataFile::file_path).collect();
-        sync_folders(&self.table, &paths, &self.locations.folder()).await?;
-        Ok(self.finished)
+        let paths: Vec<&str> = files.iter().map(DataFile::file_path).collect();
+        sync_folders(&paths, &self.locations.folder())
+            .await
+            .map_err(|source| WriteError::FolderSync { table: self.table.clone(), source })?;
+        Ok(files)
     }
 
-    /// Gives up: deletes every file this writer began. Call it only while no commit that names them was sent.
+    /// Gives up: deletes every file this writer began, finished or not. Call it only while no commit that names them
+    /// was sent. On S3 the parts of a file that was still open stay until the bucket's rule for them.
     ///
     /// # Errors
-    /// [`WriteError::Storage`] when a file stays behind; no snapshot names it.
+    /// [`WriteError::Storage`] when a file stays behind, after all others were tried; no snapshot names it.
     pub async fn abort(mut self) -> Result<(), WriteError> {
         self.open.clear();
+        let mut outcome = Ok(());
         for location in self.locations.given() {
-            self.file_io.delete(&location).await.map_err(|error| self.of_storage(error))?;
+            if let Err(error) = self.file_io.delete(&location).await {
+                outcome = outcome.and(Err(self.of_storage(error)));
+            }
         }
-        Ok(())
+        outcome
     }
 
     fn of_storage(&self, error: iceberg::Error) -> WriteError {
@@ -555,39 +577,6 @@ fn path_part(text: &str) -> String {
         part.push_str(&format!("-{:016x}", xxhash_rust::xxh3::xxh3_64(text.as_bytes())));
     }
     part
-}
-
-/// Path of a location in a local warehouse; `None` on other storage.
-pub fn local_path(location: &str) -> Option<&std::path::Path> {
-    let path =
-        location.strip_prefix("file://").or_else(|| location.strip_prefix("file:")).unwrap_or(location);
-    path.starts_with('/').then(|| std::path::Path::new(path))
-}
-
-/// Syncs the folders of local files up to the parent of `top`, so that their names survive a power cut: the storage
-/// layer syncs files and not folders. Does nothing on other storage.
-///
-/// # Errors
-/// [`WriteError::FolderSync`] names the folder.
-pub async fn sync_folders(table: &str, locations: &[&str], top: &str) -> Result<(), WriteError> {
-    let Some(top) = local_path(top).and_then(std::path::Path::parent) else {
-        return Ok(());
-    };
-    let mut folders = std::collections::BTreeSet::new();
-    for path in locations.iter().filter_map(|location| local_path(location)) {
-        let above = path.ancestors().skip(1).take_while(|folder| folder.starts_with(top));
-        folders.extend(above.map(std::path::Path::to_path_buf));
-    }
-    let table = table.to_owned();
-    let syncing = tokio::task::spawn_blocking(move || {
-        for folder in folders {
-            if let Err(source) = std::fs::File::open(&folder).and_then(|file| file.sync_all()) {
-                return Err(WriteError::FolderSync { table, folder: folder.display().to_string(), source });
-            }
-        }
-        Ok(())
-    });
-    syncing.await.expect("syncing folders does not panic")
 }
 
 #[cfg(test)]

@@ -18,6 +18,9 @@ use iceberg::table::Table;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::catalog::reason_of;
+use crate::stop::Reason;
+
 /// Most requests to the storage at once when files are looked for.
 const REQUESTS_MAX: usize = 8;
 
@@ -55,6 +58,17 @@ pub enum StoredFilesError {
         /// The error below.
         source: Box<iceberg::Error>,
     },
+}
+
+impl StoredFilesError {
+    /// The named reason of a run that ends with this error.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Unreadable { .. } => Reason::LedgerCorrupt,
+            Self::Unstorable { .. } => Reason::Unexpected,
+            Self::Storage { source, .. } => reason_of(source),
+        }
+    }
 }
 
 /// A data file that is not there as it was written.

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::*;
 use crate::job::{Job, PartitionField};
+use crate::sink::durable::local_path;
 use crate::sink::schema::{add_columns, compare, create_main};
 use crate::sink::testing::{
     DAY_MICROS, DAY_ZERO_MICROS, append, catalog, column, event_id, events, job, read,
@@ -320,6 +321,18 @@ async fn an_abort_leaves_no_file_behind() {
     assert!(begun.iter().any(|location| local_path(location).unwrap().exists()));
     writer.abort().await.unwrap();
     assert!(begun.iter().all(|location| !local_path(location).unwrap().exists()));
+}
+
+#[tokio::test]
+async fn files_that_were_finished_and_never_sent_can_be_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let table = table_of(&job(folder.path())).await;
+    let mut writer = writer(&table, MEMORY_BYTES);
+    writer.write(&events(0, 10, 2)).await.unwrap();
+    let files = writer.finish().await.unwrap();
+    assert_eq!(files_exist(&table, &files).await.unwrap(), []);
+    writer.abort().await.unwrap();
+    assert_eq!(files_exist(&table, &files).await.unwrap().len(), 2);
 }
 
 #[tokio::test]
