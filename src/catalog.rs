@@ -212,6 +212,13 @@ fn cause_of_io(kind: std::io::ErrorKind) -> Cause {
 }
 
 fn cause_of_text(text: &str) -> Cause {
+    if text.contains("NoSuchBucket") {
+        return Cause::Misconfigured;
+    }
+    // an object that is gone is no matter of the configuration, although S3 answers 404
+    if text.contains("NotFound (") {
+        return Cause::Unexpected;
+    }
     if let Some(status) = status_in(text) {
         return match status {
             401 | 403 | 407 => Cause::Refused,
@@ -809,6 +816,9 @@ mod tests {
         let lookup = std::io::Error::other("failed to lookup address information");
         let error = Error::new(ErrorKind::Unexpected, "Failed to execute http request").with_source(lookup);
         assert_eq!(reason_of(&error), Reason::CatalogAway);
+        let gone =
+            Error::new(ErrorKind::Unexpected, "NotFound (permanent) at stat, context: { status: 404 }");
+        assert_eq!(reason_of(&gone), Reason::Unexpected);
         let source = sqlx::Error::PoolTimedOut;
         let error = CatalogError::classify("t", Error::new(ErrorKind::Unexpected, "sql").with_source(source));
         assert!(matches!(error, CatalogError::Away { .. }));

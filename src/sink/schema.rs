@@ -38,6 +38,9 @@ pub const TABLE_PROPERTIES_DEFAULT: [(&str, &str); 5] = [
     ("history.expire.min-snapshots-to-keep", "10"),
 ];
 
+/// Ids of partition fields count from here, Iceberg specification, "Partitioning".
+const PARTITION_FIELD_ID_FIRST: i32 = 1000;
+
 /// Why a table can not be made or changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -202,8 +205,9 @@ pub fn partition_spec(
     partition_by: &[PartitionField],
     schema: &Schema,
 ) -> Result<UnboundPartitionSpec, SchemaError> {
-    let mut spec = UnboundPartitionSpec::builder();
-    for field in partition_by {
+    // Java's REST server takes no specification without an id, although the REST specification leaves it out
+    let mut spec = UnboundPartitionSpec::builder().with_spec_id(0);
+    for (field_id, field) in (PARTITION_FIELD_ID_FIRST..).zip(partition_by) {
         let what = || format!("partition field {}", in_words(&field.column, &field.transform));
         let source_id = schema.field_id_by_name(&field.column).ok_or_else(|| {
             let error = iceberg::Error::new(iceberg::ErrorKind::DataInvalid, "no such column");
@@ -211,7 +215,7 @@ pub fn partition_spec(
         })?;
         let added = spec.add_partition_fields([UnboundPartitionField {
             source_id,
-            field_id: None,
+            field_id: Some(field_id),
             name: partition_field_name(field),
             transform: field.transform,
         }]);

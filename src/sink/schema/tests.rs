@@ -263,3 +263,13 @@ fn a_table_name_needs_a_namespace() {
     assert!(table_ident(&["events".to_owned(), String::new()]).is_err());
     assert_eq!(table_ident(&["events".to_owned(), "n".to_owned()]).unwrap().to_string(), "events.n");
 }
+
+/// Java's REST server answers 500 "Cannot parse missing int: spec-id" to a specification without ids.
+#[test]
+fn a_partition_spec_carries_its_ids() {
+    let job = job(std::path::Path::new("/unused"));
+    let spec = partition_spec(&job.sink.partition_by, &table_schema(&job).unwrap()).unwrap();
+    assert_eq!(spec.spec_id(), Some(0));
+    assert_eq!(spec.fields()[0].field_id, Some(1000));
+    assert_eq!(partition_spec(&[], &table_schema(&job).unwrap()).unwrap().spec_id(), Some(0));
+}
