@@ -14,7 +14,7 @@ from truth import LogTruth
 def transaction(producer: Producer, topic: str, numbers: range, commit: bool) -> None:
     producer.begin_transaction()
     for number in numbers:
-        producer.produce(topic, json.dumps(event(number)))
+        producer.produce(topic, json.dumps(event(number)), key=str(number))
     producer.flush()
     if commit:
         producer.commit_transaction()
@@ -59,7 +59,7 @@ def test_an_open_transaction_is_read_after_it_is_committed(place: Corner) -> Non
     producer = transactional_producer(place)
     producer.begin_transaction()
     for number in range(10, 20):
-        producer.produce(topic, json.dumps(event(number)))
+        producer.produce(topic, json.dumps(event(number)), key=str(number))
     producer.flush()
     job = place.job(topic)
     assert job.run(timeout_s=120).expect(0).last["counts"]["written"] == 10
