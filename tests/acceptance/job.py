@@ -274,13 +274,18 @@ class Job:
         assert places == sorted(tuple(place) for place in truth.letters), "the dead letters are not the refused rows"
 
 
+# `tidemill COMMAND... JOB --option value`, as it stands in a sentence or on a line of its own
+COMMAND = re.compile(r"\btidemill ((?:[a-z-]+ )+(?:JOB|\S+\.toml)(?: --[a-z-]+(?:[ =][^\s;,)`]+)?)*)")
+ASKING = ("accept-loss", "rebase-offsets", "state discard")
+
+
 def named_command(stop: dict[str, Any], job_path: Path) -> list[str]:
-    """The words after `tidemill` of the first command that a stop names in backticks or on a line of its own."""
-    text = stop["way_out"]
-    found = re.search(r"`tidemill ([^`\n]+)`", text) or re.search(r"\btidemill ((?:[a-z-]+ )+\S*\.toml[^\n;,)]*)", text)
-    assert found, f"the way out names no command: {text}"
-    words = found.group(1).split()
-    return [str(job_path) if word in ("JOB", "<JOB>") else word for word in words]
+    """The words after `tidemill` of the first command that a stop names. A question is answered with yes."""
+    found = COMMAND.search(stop["way_out"])
+    assert found, f"the way out of {stop['reason']} names no command on the job: {stop['way_out']}"
+    words = [str(job_path) if word == "JOB" else word for word in found.group(1).split()]
+    asks = found.group(1).startswith(ASKING) and "--yes" not in words
+    return [*words, "--yes"] if asks else words
 
 
 def _members(values: dict[str, Any]) -> list[str]:
