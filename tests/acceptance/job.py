@@ -220,7 +220,7 @@ class Job:
             f"table = {_toml(self.table)}",
             'partition_by = ["day(event_time)"]',
             "catalog = { " + ", ".join(_members(self.catalog)) + " }",
-            f'dead_letters = {{ table = "{self.table}_dead_letters", max_ratio = {self.max_ratio} }}',
+            f"dead_letters = {{ max_ratio = {self.max_ratio} }}",
         ]
         self.path.write_text("\n".join(lines) + "\n")
         return self

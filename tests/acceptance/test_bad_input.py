@@ -177,7 +177,7 @@ def test_too_many_dead_letters_stop_the_run_with_nothing_committed(place: Corner
     assert job.reader().count() == 0 and not job.letters()
     before = ledger.check_chain(job.reader().table)
     assert before[-1].ends == {(topic, 0): 0}, "offsets stay"
-    job.run("--set", "sink.iceberg.dead_letters.max_ratio=0.5").expect(0)
+    job.follow(stop).expect(0)
     truth = place.truth(topic)
     job.check_against(truth)
     ledger.check_conservation(job.reader().table, truth)
