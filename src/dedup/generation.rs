@@ -296,13 +296,13 @@ fn file_names(folder: &Path) -> Result<Vec<String>, StoreError> {
     Ok(names)
 }
 
-/// The generations of a job in a folder, oldest first. A manifest that a crash cut short is no generation and is
+/// The generations in a folder, oldest first, of one job or of all. A manifest that a crash cut short is no generation and is
 /// left out; whether the segments are there and right is not looked at.
 ///
 /// # Errors
 /// [`StoreError::NewerFormat`] if a newer program wrote one of them, [`StoreError::Io`] if the folder can not be
 /// read. A folder that is not there holds none.
-pub fn list_generations(folder: &Path, job_id: Uuid) -> Result<Vec<GenerationInfo>, StoreError> {
+pub fn list_generations(folder: &Path, job_id: Option<Uuid>) -> Result<Vec<GenerationInfo>, StoreError> {
     let mut found = Vec::new();
     for file_name in file_names(folder)? {
         let Some(StateFile::Manifest(name)) = state_file(&file_name) else { continue };
@@ -311,7 +311,7 @@ pub fn list_generations(folder: &Path, job_id: Uuid) -> Result<Vec<GenerationInf
             Err(error) if error.is_rebuildable() => continue,
             Err(error) => return Err(error),
         };
-        if manifest.job_id == job_id {
+        if job_id.is_none_or(|job_id| job_id == manifest.job_id) {
             found.push(GenerationInfo {
                 reference: GenerationRef { name, checksum },
                 keys: manifest.buckets.iter().map(|bucket| bucket.keys).sum(),

@@ -46,7 +46,7 @@ fn write_to(folder: &Path) -> GenerationRef {
         store.prepare(GenerationName::new(3, batch, attempt)).unwrap();
         store.publish();
     }
-    let newest = list_generations(folder, spec().job_id).unwrap().pop().unwrap();
+    let newest = list_generations(folder, Some(spec().job_id)).unwrap().pop().unwrap();
     newest.reference
 }
 

@@ -13,25 +13,40 @@ use super::filter;
 use super::page::{CHECKSUM_BYTES, PAGE_BYTES, fingerprint_at};
 use super::pins::Pins;
 use super::segment::{STRIDE_PAGES, Section, Segment};
-use crate::fingerprint::{FINGERPRINT_BITS, FINGERPRINT_BYTES};
+use crate::fingerprint::FINGERPRINT_BYTES;
 
 /// Pages that lie closer are read together: the best of 4, 16 and 32 KiB (`notes/dedup-store.md`, section 4).
 const COALESCE_GAP_BYTES: u64 = 16 << 10;
 const COALESCE_GAP_PAGES: u64 = COALESCE_GAP_BYTES / PAGE_BYTES as u64;
 
-/// One fingerprint that is looked up.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Probe {
-    /// Where it is looked for, then the fingerprint: scope << 88 | value.
-    pub(super) rank: u128,
-    /// Its place in the probe batch.
-    pub(super) index: u32,
-    pub(super) found: bool,
-}
+/// One fingerprint that is looked up, with its place in the probe batch, in 16 bytes that sort by both:
+/// found, 1 bit | zeros | fingerprint, 88 bits | place, 32 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Probe(u128);
 
 impl Probe {
-    pub(super) fn value(&self) -> u128 {
-        self.rank & ((1 << FINGERPRINT_BITS) - 1)
+    const FOUND: u128 = 1 << 127;
+
+    pub(super) fn new(value: u128, index: u32) -> Self {
+        Self(value << 32 | u128::from(index))
+    }
+
+    /// The fingerprint, as a number.
+    pub(super) fn value(self) -> u128 {
+        (self.0 & !Self::FOUND) >> 32
+    }
+
+    /// The place in the probe batch.
+    pub(super) fn index(self) -> usize {
+        self.0 as u32 as usize
+    }
+
+    pub(super) fn is_found(self) -> bool {
+        self.0 & Self::FOUND != 0
+    }
+
+    pub(super) fn mark_found(&mut self) {
+        self.0 |= Self::FOUND;
     }
 }
 
@@ -92,7 +107,7 @@ impl Lookup {
             let block_bytes = pages[page * PAGE_BYTES + filter::block_offset(block)..]
                 .first_chunk()
                 .expect("a filter page holds its blocks whole");
-            if filter::may_contain(block_bytes, probe.value()) && !probe.found {
+            if filter::may_contain(block_bytes, probe.value()) && !probe.is_found() {
                 self.candidates.push(probe_index as u32);
             }
         }
@@ -234,7 +249,9 @@ impl Lookup {
                 segment.read_page(page_bytes, section.page_position(page), &mut self.values)?;
                 for (_, candidate) in same_page {
                     let probe = &mut probes[*candidate as usize];
-                    probe.found = self.values.binary_search(&probe.value()).is_ok();
+                    if self.values.binary_search(&probe.value()).is_ok() {
+                        probe.mark_found();
+                    }
                 }
             }
             begin += count;

@@ -12,7 +12,7 @@ use super::lookup::Probe;
 use super::segment::SegmentWriter;
 use super::{BUCKETS_MAX, StoreError};
 use crate::event_time::EventTimeMs;
-use crate::fingerprint::{FINGERPRINT_BITS, Fingerprint};
+use crate::fingerprint::Fingerprint;
 use crate::job::Repeats;
 
 /// A key with the ordinal of its bucket in a [`BucketTable`].
@@ -102,11 +102,11 @@ impl Pending {
         Self { repeats, table: BucketTable::default(), runs: Vec::new() }
     }
 
-    /// By what keys are sorted and compared: the fingerprint, under its bucket if only that one is probed.
-    pub(super) fn rank(&self, fingerprint: Fingerprint, bucket: u32) -> u128 {
+    /// By what keys are sorted: the fingerprint, under its bucket if only that one is probed.
+    fn rank(&self, entry: &Entry) -> (u32, Fingerprint) {
         match self.repeats {
-            Repeats::AnyTime => fingerprint.value(),
-            Repeats::SameTime => u128::from(bucket) << FINGERPRINT_BITS | fingerprint.value(),
+            Repeats::AnyTime => (0, entry.fingerprint),
+            Repeats::SameTime => (entry.bucket, entry.fingerprint),
         }
     }
 
@@ -119,30 +119,34 @@ impl Pending {
         self.keys() * size_of::<Entry>() as u64 * 2
     }
 
-    /// Marks the probes, sorted by rank, that are pending already.
-    pub(super) fn mark_found(&self, probes: &mut [Probe]) {
+    /// Marks the probes of one bucket (of all, if every bucket is probed), sorted, that are pending already.
+    pub(super) fn mark_found(&self, bucket: u32, probes: &mut [Probe]) {
         for run in &self.runs {
-            let mut at = 0;
+            let mut left = self.of_bucket(run, bucket);
             for probe in probes.iter_mut() {
-                at += self.count_below(&run[at..], probe.rank);
-                let Some(entry) = run.get(at) else { break };
-                probe.found |= self.rank(entry.fingerprint, entry.bucket) == probe.rank;
+                left = &left[count_below(left, probe.value())..];
+                match left.first() {
+                    None => break,
+                    Some(entry) if entry.fingerprint.value() == probe.value() => probe.mark_found(),
+                    Some(_) => {}
+                }
             }
         }
     }
 
-    /// How many entries of a sorted run rank below: looks near first, in growing steps.
-    fn count_below(&self, run: &[Entry], rank: u128) -> usize {
-        let below = |entry: &Entry| self.rank(entry.fingerprint, entry.bucket) < rank;
-        let mut reach = 1;
-        while reach < run.len() && below(&run[reach - 1]) {
-            reach *= 2;
+    /// The part of a run that holds the keys a probe of this bucket can find.
+    fn of_bucket<'a>(&self, run: &'a [Entry], bucket: u32) -> &'a [Entry] {
+        match self.repeats {
+            Repeats::AnyTime => run,
+            Repeats::SameTime => {
+                let begin = run.partition_point(|entry| entry.bucket < bucket);
+                let end = run.partition_point(|entry| entry.bucket <= bucket);
+                &run[begin..end]
+            }
         }
-        let begin = reach / 2;
-        begin + run[begin..reach.min(run.len())].partition_point(below)
     }
 
-    /// Takes new keys, sorted by rank, none of which is pending.
+    /// Takes new keys, none of which is pending: sorted by fingerprint, under their buckets if only those are probed.
     pub(super) fn push(&mut self, run: Vec<Entry>) {
         if run.is_empty() {
             return;
@@ -159,11 +163,10 @@ impl Pending {
     }
 
     fn merged(&self, older: &[Entry], newer: &[Entry]) -> Vec<Entry> {
-        let rank = |entry: &Entry| self.rank(entry.fingerprint, entry.bucket);
         let mut merged = Vec::with_capacity(older.len() + newer.len());
         let (mut older, mut newer) = (older, newer);
         while let ([one, older_rest @ ..], [other, newer_rest @ ..]) = (older, newer) {
-            if rank(one) < rank(other) {
+            if self.rank(one) < self.rank(other) {
                 merged.push(*one);
                 older = older_rest;
             } else {
@@ -180,4 +183,15 @@ impl Pending {
     pub(super) fn write(self, writer: &mut SegmentWriter) -> Result<BTreeMap<Bucket, Tally>, StoreError> {
         write_sections(self.runs.concat(), &self.table, writer)
     }
+}
+
+/// How many entries of a sorted run lie below a fingerprint: looks near first, in growing steps.
+fn count_below(run: &[Entry], value: u128) -> usize {
+    let below = |entry: &Entry| entry.fingerprint.value() < value;
+    let mut reach = 1;
+    while reach < run.len() && below(&run[reach - 1]) {
+        reach *= 2;
+    }
+    let begin = reach / 2;
+    begin + run[begin..reach.min(run.len())].partition_point(below)
 }

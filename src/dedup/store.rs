@@ -5,6 +5,7 @@
 //! microbatch may be probed already, on the assumption that the commit lands; `abandon` drops both.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -208,41 +209,70 @@ impl Store {
         if self.broken {
             return Err(StoreError::Broken);
         }
-        let mut probes = self.first_copies(keys)?;
-        self.pending.mark_found(&mut probes);
-        self.mark_found_on_disk(&mut probes)?;
+        let Groups { mut probes, groups } = self.groups(keys)?;
+        for group in groups.iter().filter(|group| !group.range.is_empty()) {
+            let of_group = &mut probes[group.range.clone()];
+            of_group.sort_unstable();
+            mark_later_copies(of_group);
+            self.pending.mark_found(group.bucket, of_group);
+            self.mark_found_on_disk(group.bucket, of_group)?;
+        }
 
         let mut verdicts = vec![Verdict::Duplicate; keys.len()];
         let mut new_keys = Vec::new();
-        for probe in probes.iter().filter(|probe| !probe.found) {
-            let key = &keys[probe.index as usize];
+        for probe in probes.iter().filter(|probe| !probe.is_found()) {
+            let key = &keys[probe.index()];
             let bucket = self.ordinal(key)?;
             self.pending.table.note(bucket, key.event_time);
             new_keys.push(Entry { fingerprint: key.fingerprint, bucket });
-            verdicts[probe.index as usize] = Verdict::New;
+            verdicts[probe.index()] = Verdict::New;
         }
         self.pending.push(new_keys);
         Ok(verdicts)
     }
 
-    /// The first copy of every key of the batch, sorted by rank.
-    fn first_copies(&mut self, keys: &[Key]) -> Result<Vec<Probe>, StoreError> {
+    /// Puts keys together that are looked for in the same place: all of them, or those of each bucket.
+    fn groups(&mut self, keys: &[Key]) -> Result<Groups, StoreError> {
         if let (None, Some(largest)) = (self.grid, keys.iter().map(|key| key.event_time).max()) {
             self.grid = Some(Grid::below(largest, self.probed().manifest.bucket_width_ms));
         }
         let complete_since = self.probed().manifest.complete_since;
-        let mut probes = Vec::with_capacity(keys.len());
-        for (index, key) in keys.iter().enumerate() {
-            if key.event_time < complete_since {
-                return Err(StoreError::BeforeComplete { event_time: key.event_time, complete_since });
-            }
-            let bucket = self.ordinal(key)?;
-            let rank = self.pending.rank(key.fingerprint, bucket);
-            probes.push(Probe { rank, index: index as u32, found: false });
+        if let Some(early) = keys.iter().find(|key| key.event_time < complete_since) {
+            return Err(StoreError::BeforeComplete { event_time: early.event_time, complete_since });
         }
-        probes.sort_unstable_by_key(|probe| (probe.rank, probe.index));
-        probes.dedup_by_key(|probe| probe.rank);
-        Ok(probes)
+        let probe = |(index, key): (usize, &Key)| Probe::new(key.fingerprint.value(), index as u32);
+        match self.spec.repeats {
+            Repeats::AnyTime => {
+                let probes: Vec<Probe> = keys.iter().enumerate().map(probe).collect();
+                let groups = vec![Group { bucket: 0, range: 0..probes.len() }];
+                Ok(Groups { probes, groups })
+            }
+            Repeats::SameTime => {
+                let buckets = keys.iter().map(|key| self.ordinal(key)).collect::<Result<Vec<_>, _>>()?;
+                let mut groups = Vec::new();
+                for bucket in &buckets {
+                    let bucket_index = *bucket as usize;
+                    while groups.len() <= bucket_index {
+                        groups.push(Group { bucket: groups.len() as u32, range: 0..0 });
+                    }
+                    groups[bucket_index].range.end += 1;
+                }
+                let mut begin = 0;
+                for group in &mut groups {
+                    let keys_of_group = group.range.end;
+                    // The end grows again as the probes are put in their places.
+                    group.range = begin..begin;
+                    begin += keys_of_group;
+                }
+                let mut probes = vec![Probe::new(0, 0); keys.len()];
+                for (index, bucket) in buckets.iter().enumerate() {
+                    let end = &mut groups[*bucket as usize].range.end;
+                    probes[*end] = probe((index, &keys[index]));
+                    *end += 1;
+                }
+                Ok(Groups { probes, groups })
+            }
+        }
     }
 
     /// The ordinal of a key's bucket among the pending ones.
@@ -251,27 +281,19 @@ impl Store {
         self.pending.table.ordinal(grid.bucket_of(key.event_time))
     }
 
-    fn mark_found_on_disk(&mut self, probes: &mut [Probe]) -> Result<(), StoreError> {
+    fn mark_found_on_disk(&mut self, bucket: u32, probes: &mut [Probe]) -> Result<(), StoreError> {
         let Self { current, prepared, pending, pins, lookup, .. } = self;
         let generation = prepared.as_ref().unwrap_or(current);
-        let mut mark = |places: &[(usize, usize)], probes: &mut [Probe]| {
-            for (segment_index, section_index) in places {
-                let segment = &generation.segments[*segment_index];
-                lookup.mark_found(segment, *section_index, pins, probes)?;
-            }
-            Ok(())
+        let mut mark = |places: &[(usize, usize)]| {
+            places.iter().try_for_each(|(segment_index, section_index)| {
+                lookup.mark_found(&generation.segments[*segment_index], *section_index, pins, probes)
+            })
         };
         match generation.manifest.repeats {
-            Repeats::AnyTime => generation.sections.values().try_for_each(|places| mark(places, probes)),
+            Repeats::AnyTime => generation.sections.values().try_for_each(|places| mark(places)),
             Repeats::SameTime => {
-                let scope = |probe: &Probe| (probe.rank >> crate::fingerprint::FINGERPRINT_BITS) as u32;
-                for of_bucket in probes.chunk_by_mut(|one, other| scope(one) == scope(other)) {
-                    let bucket = pending.table.bucket(scope(&of_bucket[0]));
-                    if let Some(places) = generation.sections.get(&bucket) {
-                        mark(places, of_bucket)?;
-                    }
-                }
-                Ok(())
+                let places = generation.sections.get(&pending.table.bucket(bucket));
+                places.map_or(Ok(()), |places| mark(places))
             }
         }
     }
@@ -400,6 +422,29 @@ impl Store {
             pinned_bytes: self.pins.bytes(),
             pending_keys: self.pending.keys(),
         }
+    }
+}
+
+/// Probes of a batch, those of each group together.
+struct Groups {
+    probes: Vec<Probe>,
+    groups: Vec<Group>,
+}
+
+struct Group {
+    /// Ordinal of the only bucket in which the keys are looked for; 0 if they are looked for in all.
+    bucket: u32,
+    range: Range<usize>,
+}
+
+/// Marks every copy of a key but the first one. Probes are sorted by fingerprint, then by place.
+fn mark_later_copies(probes: &mut [Probe]) {
+    let mut earlier = None;
+    for probe in probes {
+        if earlier == Some(probe.value()) {
+            probe.mark_found();
+        }
+        earlier = Some(probe.value());
     }
 }
 
