@@ -3,8 +3,8 @@
 //! Bounds: one data file at a time, batches of [`SCAN_ROWS_MAX`] rows; what is held is one row group's chunks of the
 //! columns that are read. Delete files of other programs are applied.
 
-use futures::StreamExt;
 use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 use iceberg::expr::{Predicate, Reference};
 use iceberg::spec::Datum;
 use iceberg::table::Table;
@@ -61,6 +61,22 @@ pub async fn scan_keys(
         Reference::new(BATCH_COLUMN).less_than_or_equal_to(Datum::long(batch))
     });
     scan(table, snapshot_id, columns, filter).await
+}
+
+/// Whether the current snapshot has a row of this batch. Reads until the first one.
+///
+/// # Errors
+/// [`ScanError`] when the table can not be read.
+pub async fn has_batch(table: &Table, batch: u64) -> Result<bool, ScanError> {
+    let number = Datum::long(i64::try_from(batch).unwrap_or(i64::MAX));
+    let filter = Reference::new(BATCH_COLUMN).equal_to(number);
+    let mut rows = scan(table, None, &[BATCH_COLUMN.to_owned()], Some(filter)).await?;
+    while let Some(found) = rows.try_next().await? {
+        if found.num_rows() > 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Reads columns of one snapshot, or of the current one, where the predicate holds.
