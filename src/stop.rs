@@ -27,6 +27,8 @@ pub enum Reason {
     StorageFailed,
     /// A commit was sent and its outcome could not be read back.
     OutcomeUnknown,
+    /// The table's schema or spec changed under an open batch.
+    TableChanged,
     /// Another owner took the table over.
     Fenced,
     /// Too many dead letters.
@@ -78,6 +80,7 @@ impl Reason {
             Self::Interrupted => "INTERRUPTED",
             Self::StorageFailed => "STORAGE_FAILED",
             Self::OutcomeUnknown => "OUTCOME_UNKNOWN",
+            Self::TableChanged => "TABLE_CHANGED",
             Self::Fenced => "FENCED",
             Self::Brake => "BRAKE",
             Self::OffsetsLost => "OFFSETS_LOST",
@@ -110,6 +113,7 @@ impl Reason {
             Self::Interrupted => 13,
             Self::StorageFailed => 14,
             Self::OutcomeUnknown => 15,
+            Self::TableChanged => 16,
             Self::Fenced => 20,
             Self::Brake => 21,
             Self::OffsetsLost => 22,
@@ -143,6 +147,12 @@ impl Stop {
     /// A stop without an error below.
     pub fn new(reason: Reason, what: impl Into<String>, way_out: impl Into<String>) -> Self {
         Self { reason, what: what.into(), way_out: way_out.into(), source: None }
+    }
+
+    /// Puts the job file that the user named in the place of `JOB` in commands.
+    pub fn for_job(mut self, job_shown: &str) -> Self {
+        self.way_out = self.way_out.replace(" JOB", &format!(" {job_shown}"));
+        self
     }
 
     /// Adds the error below.

@@ -1,0 +1,154 @@
+//! The lock of a state folder: politeness between processes on one machine, and the proof that an owner is dead.
+//!
+//! The file `lock` is held for as long as its owner lives; the kernel frees it whatever kills the process. Its lines
+//! name the owners that held it, newest last: `<owner UUID> <epoch>`. An owner writes its line *before* it sends its
+//! fence, so a ledger that names an owner of this file, while the lock is free, names a dead one. Several lines are
+//! kept because a process may die between writing its line and landing its fence: the ledger then still names the
+//! one before.
+//!
+//! The lock guards nothing in the table: the epoch does.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+/// Owners that the file remembers.
+const OWNERS_MAX: usize = 64;
+
+/// A held lock. Dropping it frees the lock.
+#[derive(Debug)]
+pub struct StateLock {
+    file: File,
+    path: PathBuf,
+    owners: Vec<(Uuid, u64)>,
+}
+
+/// Why a folder could not be locked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LockError {
+    /// Another process holds it.
+    #[error("state folder {folder} is in use by another process{}", owner.map(|owner| format!(" (owner {owner})")).unwrap_or_default())]
+    Held {
+        /// The folder.
+        folder: PathBuf,
+        /// Owner in the last line of the file.
+        owner: Option<Uuid>,
+    },
+    /// The folder or file can not be made, read or written.
+    #[error("lock file {path} can not be used")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl StateLock {
+    /// Makes the folder (mode 0700) if it is missing and takes its lock without waiting.
+    ///
+    /// # Errors
+    /// [`LockError::Held`]: another process of this machine works with the folder; try again later.
+    pub fn acquire(folder: &Path) -> Result<Self, LockError> {
+        let path = folder.join("lock");
+        let io = |source| LockError::Io { path: path.clone(), source };
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(io)?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io)?;
+        let held = match file.try_lock() {
+            Ok(()) => false,
+            Err(TryLockError::WouldBlock) => true,
+            Err(TryLockError::Error(source)) => return Err(io(source)),
+        };
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(io)?;
+        let owners: Vec<(Uuid, u64)> = text.lines().filter_map(parse_line).collect();
+        if held {
+            let owner = owners.last().map(|&(owner, _)| owner);
+            return Err(LockError::Held { folder: folder.to_owned(), owner });
+        }
+        Ok(Self { file, path, owners })
+    }
+
+    /// Whether an owner held this lock before us and so, the lock being ours, is dead.
+    pub fn knows_as_dead(&self, owner: Uuid) -> bool {
+        self.owners.iter().any(|&(known, _)| known == owner)
+    }
+
+    /// The largest epoch that an owner of this folder meant to take.
+    pub fn epoch_max(&self) -> u64 {
+        self.owners.iter().map(|&(_, epoch)| epoch).max().unwrap_or(0)
+    }
+
+    /// Writes the line of an owner that is about to send its fence, and syncs it.
+    ///
+    /// # Errors
+    /// [`LockError::Io`]; the fence must then not be sent.
+    pub fn record_owner(&mut self, owner: Uuid, epoch: u64) -> Result<(), LockError> {
+        self.owners.push((owner, epoch));
+        let surplus = self.owners.len().saturating_sub(OWNERS_MAX);
+        self.owners.drain(..surplus);
+        let text: String = self.owners.iter().map(|(owner, epoch)| format!("{owner} {epoch}\n")).collect();
+        let mut write = || {
+            self.file.seek(SeekFrom::Start(0))?;
+            self.file.write_all(text.as_bytes())?;
+            self.file.set_len(text.len() as u64)?;
+            self.file.sync_all()
+        };
+        write().map_err(|source| LockError::Io { path: self.path.clone(), source })
+    }
+}
+
+fn parse_line(line: &str) -> Option<(Uuid, u64)> {
+    let (owner, epoch) = line.split_once(' ')?;
+    Some((owner.parse().ok()?, epoch.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_holder_is_refused_and_learns_who_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        let owner = Uuid::new_v4();
+        let mut first = StateLock::acquire(folder.path()).unwrap();
+        first.record_owner(owner, 7).unwrap();
+        let refused = StateLock::acquire(folder.path());
+        assert!(matches!(refused, Err(LockError::Held { owner: Some(found), .. }) if found == owner));
+    }
+
+    #[test]
+    fn an_owner_of_a_freed_lock_is_known_as_dead_even_after_a_later_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (Uuid::new_v4(), Uuid::new_v4());
+        StateLock::acquire(folder.path()).unwrap().record_owner(first, 1).unwrap();
+        StateLock::acquire(folder.path()).unwrap().record_owner(second, 2).unwrap();
+        let third = StateLock::acquire(folder.path()).unwrap();
+        assert!(third.knows_as_dead(first) && third.knows_as_dead(second));
+        assert!(!third.knows_as_dead(Uuid::new_v4()));
+        assert_eq!(third.epoch_max(), 2);
+    }
+
+    #[test]
+    fn the_file_stays_short() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut lock = StateLock::acquire(folder.path()).unwrap();
+        for epoch in 0..200 {
+            lock.record_owner(Uuid::new_v4(), epoch).unwrap();
+        }
+        let text = std::fs::read_to_string(folder.path().join("lock")).unwrap();
+        assert_eq!(text.lines().count(), OWNERS_MAX);
+        assert_eq!(lock.epoch_max(), 199);
+    }
+}
