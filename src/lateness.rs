@@ -1,0 +1,163 @@
+//! Event time against watermarks: which rows are late, which run too far ahead, and how far the lane's watermark is.
+//!
+//! Flow: rows in offset order of their topic partition -> [`Lateness::judge`] -> on time, late, or too far ahead
+//!
+//! Invariants
+//! 1. A row is judged against earlier offsets of its own topic partition only, so the verdict does not depend on where
+//!    batches are cut (R2). Only the far-ahead rule uses the cut time, which enters as a value.
+//! 2. A row that is too far ahead moves no watermark.
+//! 3. The lane's watermark never moves back.
+
+use crate::event_time::EventTimeMs;
+use crate::job::EventTimeRule;
+
+/// What time says about a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeVerdict {
+    /// Within the allowed lateness.
+    OnTime,
+    /// Behind its topic partition's watermark by more than the allowed lateness.
+    Late,
+    /// Ahead of `limit`, the latest event time that is believed.
+    Ahead {
+        /// That time.
+        limit: EventTimeMs,
+    },
+}
+
+/// Largest event times by slot, and the rule.
+#[derive(Debug, Clone)]
+pub struct Lateness {
+    watermark_delay_ms: i64,
+    allowed_lateness_ms: i64,
+    ahead_max_ms: i64,
+    idle_after_ms: i64,
+    max_event_times: Vec<Option<EventTimeMs>>,
+}
+
+fn millis(duration: std::time::Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+impl Lateness {
+    /// Begins with the ledger's largest event times, one for each slot.
+    pub fn new(rule: &EventTimeRule, max_event_times: Vec<Option<EventTimeMs>>) -> Self {
+        Self {
+            watermark_delay_ms: millis(rule.watermark_delay),
+            allowed_lateness_ms: millis(rule.allowed_lateness),
+            ahead_max_ms: millis(rule.ahead_max),
+            idle_after_ms: millis(rule.idle_after),
+            max_event_times,
+        }
+    }
+
+    /// Judges the next row of a slot. A record without Kafka timestamp is held against the cut time.
+    pub fn judge(
+        &mut self,
+        slot: u32,
+        event_time: EventTimeMs,
+        timestamp_ms: Option<i64>,
+        cut_time_ms: i64,
+    ) -> TimeVerdict {
+        let believed = timestamp_ms.unwrap_or(cut_time_ms).min(cut_time_ms);
+        let limit = EventTimeMs(believed).plus_ms(self.ahead_max_ms);
+        if event_time > limit {
+            return TimeVerdict::Ahead { limit };
+        }
+        let max = &mut self.max_event_times[slot as usize];
+        let late = max.is_some_and(|max| {
+            event_time < max.minus_ms(self.watermark_delay_ms).minus_ms(self.allowed_lateness_ms)
+        });
+        *max = Some(max.map_or(event_time, |max| max.max(event_time)));
+        if late { TimeVerdict::Late } else { TimeVerdict::OnTime }
+    }
+
+    /// Largest event time of each slot.
+    pub fn max_event_times(&self) -> &[Option<EventTimeMs>] {
+        &self.max_event_times
+    }
+
+    /// The lane's watermark at a cut: the minimum over slots that are not idle, never below `before`. A slot is idle if
+    /// it never had an event, or is read to its end (`at_end`) and trails the leader by more than `idle_after`.
+    pub fn watermark(&self, before: Option<EventTimeMs>, at_end: &[bool]) -> Option<EventTimeMs> {
+        let Some(leader) = self.max_event_times.iter().flatten().max() else { return before };
+        let holding = self.max_event_times.iter().zip(at_end).filter_map(|(max, &at_end)| {
+            let max = (*max)?;
+            let idle = at_end && max < leader.minus_ms(self.idle_after_ms);
+            (!idle).then_some(max)
+        });
+        let now = holding.min().map(|max| max.minus_ms(self.watermark_delay_ms));
+        before.max(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::job::LatePolicy;
+
+    fn rule() -> EventTimeRule {
+        EventTimeRule {
+            column: "event_time".into(),
+            watermark_delay: Duration::from_millis(100),
+            allowed_lateness: Duration::from_millis(50),
+            late: LatePolicy::Keep,
+            ahead_max: Duration::from_millis(1_000),
+            idle_after: Duration::from_millis(500),
+        }
+    }
+
+    const FAR: i64 = 1_000_000;
+
+    #[test]
+    fn a_row_is_late_only_behind_the_watermark_and_the_allowed_lateness() {
+        let mut lateness = Lateness::new(&rule(), vec![None]);
+        let mut judge = |time| lateness.judge(0, EventTimeMs(time), None, FAR);
+        assert_eq!(judge(10_000), TimeVerdict::OnTime);
+        assert_eq!(judge(9_850), TimeVerdict::OnTime);
+        assert_eq!(judge(9_849), TimeVerdict::Late);
+    }
+
+    #[test]
+    fn one_topic_partition_does_not_make_rows_of_another_late() {
+        let mut lateness = Lateness::new(&rule(), vec![None, None]);
+        lateness.judge(0, EventTimeMs(500_000), None, FAR);
+        assert_eq!(lateness.judge(1, EventTimeMs(1), None, FAR), TimeVerdict::OnTime);
+    }
+
+    #[test]
+    fn a_row_too_far_ahead_moves_no_watermark() {
+        let mut lateness = Lateness::new(&rule(), vec![None]);
+        lateness.judge(0, EventTimeMs(5_000), Some(5_000), FAR);
+        let verdict = lateness.judge(0, EventTimeMs(9_001), Some(8_000), FAR);
+        assert_eq!(verdict, TimeVerdict::Ahead { limit: EventTimeMs(9_000) });
+        assert_eq!(lateness.max_event_times(), [Some(EventTimeMs(5_000))]);
+    }
+
+    #[test]
+    fn the_smaller_of_timestamp_and_cut_time_bounds_event_time() {
+        let mut lateness = Lateness::new(&rule(), vec![None]);
+        let mut judge = |timestamp| lateness.judge(0, EventTimeMs(2_500), timestamp, 1_000);
+        assert_eq!(judge(Some(9_999)), TimeVerdict::Ahead { limit: EventTimeMs(2_000) });
+        assert_eq!(judge(None), TimeVerdict::Ahead { limit: EventTimeMs(2_000) });
+    }
+
+    #[test]
+    fn an_idle_slot_read_to_its_end_does_not_hold_the_watermark_but_one_with_backlog_does() {
+        let times = vec![Some(EventTimeMs(10_000)), Some(EventTimeMs(1_000)), None];
+        let lateness = Lateness::new(&rule(), times);
+        assert_eq!(lateness.watermark(None, &[true, true, true]), Some(EventTimeMs(9_900)));
+        assert_eq!(lateness.watermark(None, &[true, false, true]), Some(EventTimeMs(900)));
+    }
+
+    #[test]
+    fn the_watermark_never_moves_back() {
+        let lateness = Lateness::new(&rule(), vec![Some(EventTimeMs(1_000))]);
+        assert_eq!(lateness.watermark(Some(EventTimeMs(5_000)), &[false]), Some(EventTimeMs(5_000)));
+        let nothing = Lateness::new(&rule(), vec![None]);
+        assert_eq!(nothing.watermark(Some(EventTimeMs(5_000)), &[true]), Some(EventTimeMs(5_000)));
+        assert_eq!(nothing.watermark(None, &[true]), None);
+    }
+}

@@ -1,0 +1,109 @@
+//! One number for the process, divided before anything is allocated.
+//!
+//! The shares are fixed fractions of what is left after [`PROGRAM_BYTES`]. They are first estimates that
+//! measurements refine; what does not change is that every buffer of the program is sized by one of them.
+
+use std::fmt;
+
+use bytesize::ByteSize;
+
+/// Code, allocator, catalogs, thread stacks and the client library's own structures: resident size of `tidemill run`
+/// with an empty topic, rounded up.
+pub const PROGRAM_BYTES: u64 = 96 << 20;
+/// The smallest `memory` that a job may name. Below it the shares no longer hold one record of the default largest size.
+pub const MEMORY_BYTES_MIN: u64 = 256 << 20;
+
+/// Who may hold how much, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct MemoryPlan {
+    /// The job's number.
+    pub total: u64,
+    /// Set aside for the program itself.
+    pub program: u64,
+    /// Records that the Kafka client has fetched and the reader has not taken.
+    pub client_queue: u64,
+    /// Raw bytes of one probe batch.
+    pub records: u64,
+    /// Arrow columns and dead letters of one probe batch.
+    pub decode: u64,
+    /// Pinned filters, pages, and keys of the open microbatch.
+    pub dedup: u64,
+    /// Open data files.
+    pub writer: u64,
+}
+
+/// The number is too small.
+#[derive(Debug, thiserror::Error)]
+#[error("memory = {} is below the minimum of {}", ByteSize(*asked), ByteSize(MEMORY_BYTES_MIN))]
+pub struct TooLittleMemory {
+    /// What the job names.
+    pub asked: u64,
+}
+
+impl MemoryPlan {
+    /// Divides `total` bytes.
+    ///
+    /// # Errors
+    /// [`TooLittleMemory`] below [`MEMORY_BYTES_MIN`].
+    pub fn divide(total: u64) -> Result<Self, TooLittleMemory> {
+        if total < MEMORY_BYTES_MIN {
+            return Err(TooLittleMemory { asked: total });
+        }
+        let rest = total - PROGRAM_BYTES;
+        let (client_queue, records, decode, dedup) = (rest / 6, rest / 16, rest / 4, rest * 3 / 10);
+        let writer = rest - client_queue - records - decode - dedup;
+        Ok(Self { total, program: PROGRAM_BYTES, client_queue, records, decode, dedup, writer })
+    }
+
+    /// Most payload of one probe batch: decoded columns and letters take up to four times the bytes they came from.
+    pub fn probe_payload_bytes_max(&self) -> u64 {
+        self.records.min(self.decode / 4)
+    }
+
+    /// Most bytes of keys that the open microbatch has accepted; it closes when they are reached.
+    pub fn pending_bytes_max(&self) -> u64 {
+        self.dedup / 2
+    }
+
+    /// Dedup's share without the open microbatch's keys.
+    pub fn dedup_lookup_bytes(&self) -> u64 {
+        self.dedup / 2
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            out,
+            "{} = program {} + client queue {} + records {} + decode {} + dedup {} + writer {}",
+            ByteSize(self.total),
+            ByteSize(self.program),
+            ByteSize(self.client_queue),
+            ByteSize(self.records),
+            ByteSize(self.decode),
+            ByteSize(self.dedup),
+            ByteSize(self.writer)
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shares_add_up_to_the_number() {
+        for total in [MEMORY_BYTES_MIN, 1 << 30, (64 << 30) + 7] {
+            let plan = MemoryPlan::divide(total).unwrap();
+            let sum =
+                plan.program + plan.client_queue + plan.records + plan.decode + plan.dedup + plan.writer;
+            assert_eq!(sum, total);
+        }
+    }
+
+    #[test]
+    fn a_number_below_the_minimum_is_refused_with_both_numbers() {
+        let error = MemoryPlan::divide(64 << 20).unwrap_err().to_string();
+        assert_eq!(error, "memory = 64.0 MiB is below the minimum of 256.0 MiB");
+    }
+}
