@@ -1,6 +1,6 @@
 //! tidemill: Kafka topics full of repeats become Iceberg tables where each event stands once.
 //!
-//! Flow: [`source`] -> [`decode`] -> [`dedup`] -> [`sink`] -> [`commit`], driven by the one loop in `pipeline`.
+//! Flow: [`source`] -> [`decode`] -> [`dedup`] -> [`sink`] -> [`commit`], driven by the one loop in [`pipeline`].
 //! Shared words ([`offset`], [`event_time`], [`fingerprint`], [`record`], [`letter`], [`counts`], [`stop`],
 //! [`job`]) import no stage, and no stage imports another.
 
@@ -8,6 +8,7 @@
 #![warn(missing_docs)]
 
 pub mod catalog;
+pub mod cli;
 pub mod commit;
 pub mod counts;
 pub mod decode;
@@ -16,8 +17,11 @@ pub mod event_time;
 pub mod fingerprint;
 pub mod generate;
 pub mod job;
+pub mod lateness;
 pub mod letter;
+pub mod memory;
 pub mod offset;
+pub mod pipeline;
 pub mod record;
 pub mod sink;
 pub mod source;

@@ -1,0 +1,483 @@
+//! One microbatch: what one commit carries.
+//!
+//! Flow: [`RecordChunk`] -> rows and letters -> time verdicts -> first-seen rows -> data files -> commit -> side tables
+//!
+//! A microbatch is read in probe batches bounded by the memory plan. Each is decoded, judged, probed and written before
+//! the next is read, so rows never wait for a verdict and memory does not depend on the size of the microbatch, but for
+//! its pending keys, which the memory plan bounds by a number of records.
+//!
+//! A batch that ends before its commit was sent leaves nothing: keys are abandoned, files deleted best effort. Once it
+//! was sent, files stay whatever happens.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use arrow::array::{ArrayRef, BooleanArray, RecordBatch};
+use arrow::compute::filter_record_batch;
+use uuid::Uuid;
+
+use super::report::{Event, Report};
+use super::session::Session;
+use super::stops;
+use crate::commit::ledger::{BucketRecord, Cursor, Kind, LIVE_LANE, LedgerRecord, Tail};
+use crate::counts::Counts;
+use crate::decode::{Decoded, metadata};
+use crate::dedup::{BucketTally, GenerationName, Key, Verdict};
+use crate::event_time::EventTimeMs;
+use crate::job::BRAKE_RECORDS_MIN;
+use crate::lateness::TimeVerdict;
+use crate::letter::{DeadLetter, ReasonCode};
+use crate::offset::{Place, TopicId};
+use crate::record::RecordChunk;
+use crate::sink::dead_letters::{self, LetterPlace};
+use crate::sink::writer::{self, TableWriter};
+use crate::source::ReadLimits;
+use crate::stop::{Reason, Stop};
+
+/// Reasons that a tripped brake names.
+const BRAKE_REASONS_SHOWN: usize = 3;
+
+/// A microbatch that landed.
+pub(super) struct Landed {
+    pub(super) counts: Counts,
+    batch: u64,
+    snapshot_id: i64,
+    data_files: usize,
+    sends: u32,
+    lag: u64,
+    watermark: Option<EventTimeMs>,
+}
+
+impl Landed {
+    pub(super) fn event(&self) -> Event {
+        Event::Commit {
+            batch: self.batch,
+            counts: self.counts,
+            snapshot_id: self.snapshot_id,
+            data_files: self.data_files,
+            sends: self.sends,
+            lag: self.lag,
+            watermark: self.watermark.map(|time| time.to_string()),
+        }
+    }
+}
+
+/// What the ledger will say of a microbatch.
+#[derive(Debug, Clone, Copy)]
+struct Cut {
+    number: u64,
+    attempt: Uuid,
+    cut_time_ms: i64,
+    counts: Counts,
+}
+
+/// A microbatch in the making.
+struct Open {
+    cut: Cut,
+    payload_bytes: u64,
+    main: TableWriter,
+    dead: TableWriter,
+    /// By reason: how often, and the first place.
+    refused: BTreeMap<ReasonCode, (u64, Place, String)>,
+    first_byte: bool,
+}
+
+impl Session<'_> {
+    /// Reads, decides, writes and commits one microbatch.
+    pub(super) async fn microbatch(
+        &mut self,
+        consumed_before: u64,
+        report: &mut dyn Report,
+    ) -> Result<Landed, Stop> {
+        let mut open = self.begin().await?;
+        let closed = match self.fill(&mut open, consumed_before, report).await {
+            Ok(()) => self.close_batch(&open),
+            Err(stop) => Err(stop),
+        };
+        if let Err(stop) = closed {
+            self.store.abandon();
+            for writer in [open.main, open.dead] {
+                if let Err(error) = writer.abort().await {
+                    tracing::warn!(%error, "files of a dropped batch are left to an orphan clean-up");
+                }
+            }
+            return Err(stop);
+        }
+        self.commit_batch(open).await
+    }
+
+    async fn begin(&mut self) -> Result<Open, Stop> {
+        let attempt = Uuid::now_v7();
+        let key = &self.owner.loaded.job.dedup.key;
+        let (main_bytes, dead_bytes) = (self.memory.writer * 3 / 4, self.memory.writer / 4);
+        let failed = |table: &str| {
+            let what = format!("data files of table {table} can not be written");
+            move |error| stops::data(what, error)
+        };
+        let main = TableWriter::new(&self.owner.main, attempt, main_bytes, key)
+            .map_err(failed(&self.owner.main_ident.to_string()))?;
+        let dead = TableWriter::new(&self.owner.dead, attempt, dead_bytes, &[])
+            .map_err(failed(&self.owner.dead_ident.to_string()))?;
+        Ok(Open {
+            cut: Cut {
+                number: self.owner.record.batch + 1,
+                attempt,
+                cut_time_ms: chrono::Utc::now().timestamp_millis(),
+                counts: Counts::default(),
+            },
+            payload_bytes: 0,
+            main,
+            dead,
+            refused: BTreeMap::new(),
+            first_byte: false,
+        })
+    }
+
+    /// Takes probe batches until the microbatch is full, its time is up, or the topics are read.
+    async fn fill(
+        &mut self,
+        open: &mut Open,
+        consumed_before: u64,
+        report: &mut dyn Report,
+    ) -> Result<(), Stop> {
+        let limits = &self.owner.loaded.job.microbatch;
+        let deadline = Instant::now() + limits.open_time_max;
+        let records_max = limits.records_max;
+        let payload_bytes_max = limits.payload_bytes_max;
+        let mut chunk = RecordChunk::default();
+        self.options.phases.reach("read");
+        loop {
+            let records_left = records_max.saturating_sub(open.cut.counts.consumed);
+            let bytes_left = payload_bytes_max.saturating_sub(open.payload_bytes);
+            let keys_full = self.store.pending_bytes() >= self.memory.pending_bytes_max();
+            if records_left == 0
+                || bytes_left == 0
+                || keys_full
+                || self.exhausted()
+                || Instant::now() >= deadline
+            {
+                return Ok(());
+            }
+            if self.options.interrupted() {
+                return Err(interrupted());
+            }
+            chunk.clear();
+            let probe = ReadLimits {
+                records_max: usize::try_from(records_left).unwrap_or(usize::MAX),
+                bytes_max: usize::try_from(bytes_left.min(self.memory.probe_payload_bytes_max()))
+                    .unwrap_or(usize::MAX),
+                deadline,
+            };
+            self.reader.read(&mut chunk, probe).map_err(stops::source)?;
+            if !chunk.is_empty() {
+                open.payload_bytes += chunk.payload_bytes() as u64;
+                self.probe_batch(open, &chunk).await?;
+            }
+            report.event(&Event::Progress {
+                batch: open.cut.number,
+                consumed: consumed_before + open.cut.counts.consumed,
+                lag: self.lag(),
+            });
+        }
+    }
+
+    /// One probe batch through every stage.
+    async fn probe_batch(&mut self, open: &mut Open, chunk: &RecordChunk) -> Result<(), Stop> {
+        let mut decoded = self.decoder.decode(chunk, &self.slots).map_err(|error| {
+            let way_out = "nothing of this batch is visible; lower memory, which makes chunks smaller";
+            Stop::new(Reason::Unexpected, "records can not be decoded", way_out).because(error)
+        })?;
+        open.cut.counts.consumed += decoded.consumed;
+        let (on_time, mut letters) = self.judge_time(open, chunk, &decoded);
+        letters.append(&mut decoded.letters);
+        let first_seen = self.drop_repeats(open, &decoded, on_time)?;
+        self.write_rows(open, &decoded, &first_seen).await?;
+        self.write_letters(open, letters).await
+    }
+
+    /// Which rows go on, and letters for those too far ahead.
+    fn judge_time(
+        &mut self,
+        open: &mut Open,
+        chunk: &RecordChunk,
+        decoded: &Decoded,
+    ) -> (Vec<bool>, Vec<DeadLetter>) {
+        let mut letters = Vec::new();
+        let mut kept = Vec::with_capacity(decoded.places.len());
+        for (row, place) in decoded.places.iter().enumerate() {
+            let (time, timestamp) = (decoded.event_times[row], decoded.timestamps_ms[row]);
+            let verdict = self.lateness.judge(place.slot, time, timestamp, open.cut.cut_time_ms);
+            if let TimeVerdict::Ahead { limit } = verdict {
+                let text = format!(
+                    "event time {time} is ahead of {limit}, the latest that event_time.ahead_max believes of this record"
+                );
+                letters.push(decoded.letter_for(chunk, row, ReasonCode::EventTimeAhead, &text));
+            }
+            open.cut.counts.late += u64::from(verdict == TimeVerdict::Late);
+            kept.push(!matches!(verdict, TimeVerdict::Ahead { .. }));
+        }
+        (kept, letters)
+    }
+
+    /// Marks rows whose key was not seen before. Keys are probed in the order of their places, so that of two copies in
+    /// one probe batch the one at the lowest place wins (R2).
+    fn drop_repeats(
+        &mut self,
+        open: &mut Open,
+        decoded: &Decoded,
+        kept: Vec<bool>,
+    ) -> Result<BooleanArray, Stop> {
+        let fingerprints = self.encoder.encode(&decoded.rows).map_err(|error| {
+            Stop::new(Reason::Unexpected, "a decoded row has no key", "please report this").because(error)
+        })?;
+        let mut order: Vec<usize> = (0..kept.len()).filter(|&row| kept[row]).collect();
+        order.sort_unstable_by_key(|&row| decoded.places[row]);
+        let keys: Vec<Key> = order
+            .iter()
+            .map(|&row| Key { fingerprint: fingerprints[row], event_time: decoded.event_times[row] })
+            .collect();
+        let folder = super::survey::state_folder(&self.owner.loaded.job);
+        let verdicts = self.store.probe(&keys).map_err(|error| stops::state(&folder, error))?;
+        let mut first_seen = vec![false; kept.len()];
+        for (&row, verdict) in order.iter().zip(&verdicts) {
+            first_seen[row] = *verdict == Verdict::New;
+        }
+        let new = verdicts.iter().filter(|verdict| **verdict == Verdict::New).count() as u64;
+        open.cut.counts.written += new;
+        open.cut.counts.duplicate += verdicts.len() as u64 - new;
+        Ok(BooleanArray::from(first_seen))
+    }
+
+    async fn write_rows(
+        &mut self,
+        open: &mut Open,
+        decoded: &Decoded,
+        first_seen: &BooleanArray,
+    ) -> Result<(), Stop> {
+        if first_seen.true_count() == 0 {
+            return Ok(());
+        }
+        if !open.first_byte {
+            open.first_byte = true;
+            self.options.phases.reach("first_data_file_byte");
+        }
+        let batch = i64::try_from(open.cut.number).expect("a batch number below 2^63");
+        let metadata =
+            metadata::metadata_columns(&self.slots, &decoded.places, &decoded.timestamps_ms, batch);
+        let rows = with_metadata(&decoded.rows, metadata)?;
+        let rows = filter_record_batch(&rows, first_seen).map_err(unexpected_arrow)?;
+        let table = self.owner.main_ident.to_string();
+        open.main
+            .write(&rows)
+            .await
+            .map_err(|error| stops::data(format!("data files of table {table} can not be written"), error))
+    }
+
+    /// Letters that do not stand in the dead-letter table yet, once per place.
+    async fn write_letters(&mut self, open: &mut Open, mut letters: Vec<DeadLetter>) -> Result<(), Stop> {
+        if letters.is_empty() {
+            return Ok(());
+        }
+        for letter in &letters {
+            let entry =
+                open.refused.entry(letter.code).or_insert_with(|| (0, letter.place, letter.text.clone()));
+            entry.0 += 1;
+        }
+        let table = self.owner.dead_ident.to_string();
+        let failed =
+            |error| stops::data(format!("dead letters of table {table} can not be looked up"), error);
+        let slots = self.letter_slots();
+        let places: Vec<LetterPlace> = letters.iter().map(|letter| LetterPlace::of(letter, &slots)).collect();
+        let known = dead_letters::known_places(&self.owner.dead, &places).await.map_err(failed)?;
+        let letters_count = letters.len() as u64;
+        let mut is_known = known.iter();
+        letters.retain(|_| !is_known.next().expect("one answer for each letter"));
+        open.cut.counts.dead_letter += letters.len() as u64;
+        open.cut.counts.dead_letter_known += letters_count - letters.len() as u64;
+        if letters.is_empty() {
+            return Ok(());
+        }
+        let rows = dead_letters::rows(&letters, &slots, open.cut.number).map_err(unexpected_arrow)?;
+        open.dead
+            .write(&rows)
+            .await
+            .map_err(|error| stops::data(format!("data files of table {table} can not be written"), error))
+    }
+
+    /// Topic partitions as dead letters name them. A broker without topic ids gives the nil id.
+    fn letter_slots(&self) -> Vec<dead_letters::Slot> {
+        let topics = &self.owner.record.topics;
+        self.slots
+            .iter()
+            .map(|name| dead_letters::Slot {
+                topic: name.topic.clone(),
+                topic_id: topics.get(&name.topic).copied().flatten().unwrap_or(TopicId(Uuid::nil())),
+                partition: name.partition,
+            })
+            .collect()
+    }
+
+    /// What must hold before anything is sent.
+    fn close_batch(&self, open: &Open) -> Result<(), Stop> {
+        assert!(
+            open.cut.counts.conserved(),
+            "every consumed row has exactly one outcome: {:?}",
+            open.cut.counts
+        );
+        let letters = open.cut.counts.dead_letter + open.cut.counts.dead_letter_known;
+        let ratio = letters as f64 / open.cut.counts.consumed.max(1) as f64;
+        let ratio_max = self.owner.loaded.job.sink.dead_letters.ratio_max;
+        if open.cut.counts.consumed >= BRAKE_RECORDS_MIN && ratio > ratio_max {
+            return Err(self.brake(open, letters, ratio, ratio_max));
+        }
+        Ok(())
+    }
+
+    fn brake(&self, open: &Open, letters: u64, ratio: f64, ratio_max: f64) -> Stop {
+        let mut reasons: Vec<_> = open.refused.iter().collect();
+        reasons.sort_by_key(|(_, (count, _, _))| std::cmp::Reverse(*count));
+        let shown: Vec<String> = reasons
+            .iter()
+            .take(BRAKE_REASONS_SHOWN)
+            .map(|(code, (count, place, text))| {
+                let name = &self.slots[place.slot as usize];
+                format!(
+                    "  {count} x {code}, first at {name} offset {} index {}: {text}",
+                    place.offset, place.row_index
+                )
+            })
+            .collect();
+        Stop::new(
+            Reason::Brake,
+            format!(
+                "{letters} of {} rows are dead letters, {:.1} % where {:.1} % are allowed; most frequent:\n{}",
+                open.cut.counts.consumed,
+                ratio * 100.0,
+                ratio_max * 100.0,
+                shown.join("\n")
+            ),
+            format!(
+                "nothing was committed and the offsets stay; mend the producer or the job's columns, or let them through \
+                 once:\n  tidemill run {} --set sink.iceberg.dead_letters.max_ratio=1.0",
+                self.options.job_shown
+            ),
+        )
+    }
+
+    /// Steps 1 to 5 of the commit module, in this order.
+    async fn commit_batch(&mut self, open: Open) -> Result<Landed, Stop> {
+        let Open { cut, mut main, mut dead, .. } = open;
+        let phases = &self.options.phases;
+        let (main_table, dead_table) = (self.owner.main_ident.to_string(), self.owner.dead_ident.to_string());
+        let unwritten = |table: &str| format!("data files of table {table} can not be closed");
+        let files = main.finish().await.map_err(|error| stops::data(unwritten(&main_table), error))?;
+        let dead_files = dead.finish().await.map_err(|error| stops::data(unwritten(&dead_table), error))?;
+        phases.reach("data_files_closed");
+        let folder = super::survey::state_folder(&self.owner.loaded.job);
+        let name = GenerationName::new(self.owner.record.epoch, cut.number, cut.attempt);
+        let generation = self.store.prepare(name).map_err(|error| stops::state(&folder, error))?;
+        phases.reach("state_prepared");
+        let owed = (!dead_files.is_empty())
+            .then(|| writer::files_to_json(&dead_files, &self.owner.dead))
+            .transpose()
+            .map_err(|error| stops::data(unwritten(&dead_table), error))?;
+        let mut next = self.next_record(cut, owed);
+        next.dedup.generation = Some(generation.name.to_string());
+        next.dedup.checksum = Some(generation.checksum);
+        next.dedup.floor = self.store.floor();
+        next.buckets = self.store.buckets().iter().map(bucket_record).collect();
+        let watermark = next.live().watermark;
+        let data_files = files.len();
+        let sends = self.owner.commit(next, files).await?;
+        self.owner.forward_sides().await?;
+        self.store.publish();
+        phases.reach("published");
+        self.sweep_once();
+        self.tell_lag_tools();
+        Ok(Landed {
+            counts: cut.counts,
+            batch: cut.number,
+            snapshot_id: self.owner.main.metadata().current_snapshot_id().unwrap_or_default(),
+            data_files,
+            sends,
+            lag: self.lag(),
+            watermark,
+        })
+    }
+
+    /// The record of this microbatch, but for its dedup state.
+    fn next_record(&self, cut: Cut, owed: Option<Vec<serde_json::Value>>) -> LedgerRecord {
+        let before = &self.owner.record;
+        let last = self.exhausted();
+        let metadata = self.owner.main.metadata();
+        let mut next = LedgerRecord {
+            kind: Kind::Data,
+            batch: cut.number,
+            last_batch_with_rows: if cut.counts.written > 0 {
+                cut.number
+            } else {
+                before.last_batch_with_rows
+            },
+            cut_time_ms: cut.cut_time_ms,
+            schema_id: metadata.current_schema_id(),
+            spec_id: metadata.default_partition_spec_id(),
+            job_hash: self.owner.loaded.resolved_hash.clone(),
+            counts: cut.counts,
+            released: last && owed.is_none(),
+            jumps: Vec::new(),
+            ..before.clone()
+        };
+        next.sides.insert(super::survey::DEAD_LETTERS.to_owned(), self.dead_letter_record(owed));
+        let (positions, tails) = (self.reader.positions(), self.reader.tails());
+        let at_end = self.reader.at_end();
+        let lane = next.lanes.entry(LIVE_LANE.to_owned()).or_default();
+        lane.watermark = self.lateness.watermark(lane.watermark, &at_end);
+        for (slot, name) in self.slots.iter().enumerate() {
+            let known = before.cursor(&name.topic, name.partition);
+            let start = known.map_or(self.starts[slot], |cursor| cursor.end);
+            let tail = tails[slot].map(|tail| Tail { offset: tail.offset, hash: tail.hash });
+            let cursor = Cursor {
+                start,
+                end: positions[slot],
+                tail: tail.or_else(|| known.and_then(|cursor| cursor.tail)),
+                max_event_time: self.lateness.max_event_times()[slot],
+            };
+            assert!(cursor.end >= cursor.start, "offsets of {name} never move back");
+            lane.topics.entry(name.topic.clone()).or_default().insert(name.partition, cursor);
+        }
+        next
+    }
+}
+
+fn bucket_record(bucket: &BucketTally) -> BucketRecord {
+    BucketRecord {
+        from: bucket.from.0,
+        to: bucket.to.0,
+        count: bucket.keys,
+        digest: bucket.digest.to_string(),
+    }
+}
+
+fn interrupted() -> Stop {
+    Stop::new(
+        Reason::Interrupted,
+        "interrupted by a signal",
+        "the open batch was dropped, everything before it is committed; to go on:\n  tidemill run JOB",
+    )
+}
+
+fn unexpected_arrow(error: impl std::error::Error + Send + Sync + 'static) -> Stop {
+    Stop::new(Reason::Unexpected, "rows do not fit together", "nothing was committed; please report this")
+        .because(error)
+}
+
+/// The decoder's columns and then the metadata columns.
+fn with_metadata(rows: &RecordBatch, metadata: Vec<ArrayRef>) -> Result<RecordBatch, Stop> {
+    let schema = rows.schema();
+    let mut fields: Vec<arrow::datatypes::FieldRef> = schema.fields().iter().cloned().collect();
+    fields.extend(metadata::metadata_fields().into_iter().map(Arc::new));
+    let mut columns = rows.columns().to_vec();
+    columns.extend(metadata);
+    RecordBatch::try_new(Arc::new(arrow::datatypes::Schema::new(fields)), columns).map_err(unexpected_arrow)
+}

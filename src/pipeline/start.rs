@@ -1,0 +1,531 @@
+//! The start table of the design: what a start finds, and whether it may go on.
+//!
+//! Everything here is a pure function of facts that were read before, on the very head that the fence then asserts.
+//! First match from the top; every stop names its reason, what is safe, and one command.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use crate::commit::ledger::{Found, LedgerRecord};
+use crate::event_time::EventTimeMs;
+use crate::offset::{NextOffset, TopicId, TopicPartition};
+use crate::stop::{Reason, Stop};
+
+/// After the end of a lease this much passes before another machine may call it expired: clocks differ.
+pub const LEASE_GRACE_MS: i64 = 60_000;
+
+/// What a start has read.
+#[derive(Debug)]
+pub struct Facts<'a> {
+    /// Job file as the user named it, for commands in messages.
+    pub job_shown: &'a str,
+    /// Name of the job.
+    pub job_name: &'a str,
+    /// Main table's name.
+    pub table: &'a str,
+    /// Dead-letter table's name.
+    pub dead_letter_table: &'a str,
+    /// Whether the dead-letter table carries the mark of a job.
+    pub dead_letters_marked: bool,
+    /// The ledger.
+    pub found: &'a Found,
+    /// Rows in the main table's current snapshot.
+    pub table_rows: u64,
+    /// Side tables that exist, by role.
+    pub side_uuids: &'a BTreeMap<String, Uuid>,
+    /// Whether the state folder has generations of this job.
+    pub local_generations: bool,
+    /// Cluster id as the broker says.
+    pub cluster_id: Option<&'a str>,
+    /// Topic ids as the broker says, for every topic of the job.
+    pub topic_ids: &'a BTreeMap<String, Option<TopicId>>,
+    /// Offsets that the broker holds, `[low, end)`, for every topic partition of the job.
+    pub offsets: &'a BTreeMap<TopicPartition, (NextOffset, NextOffset)>,
+    /// What a key means now.
+    pub key_spec_hash: &'a str,
+}
+
+/// What the user or a command allows beyond the defaults.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Allow {
+    /// `run --ignore-rows`.
+    pub ignore_rows: bool,
+    /// `rebase-offsets` is at work: cluster and topics may differ.
+    pub rebase: bool,
+    /// `accept-loss` is at work: offsets may be out of range.
+    pub loss: bool,
+}
+
+/// How a run begins.
+#[derive(Debug)]
+pub enum Start {
+    /// No ledger: the first commit records start offsets.
+    First,
+    /// Go on from this record.
+    Resume(Box<LedgerRecord>),
+}
+
+/// Judges the rows of the start table, from the top.
+///
+/// # Errors
+/// A [`Stop`] with the row's reason.
+pub fn judge(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> {
+    let record = match facts.found {
+        Found::Nothing => return judge_without_ledger(facts, allow),
+        Found::RolledBack { older, newer } => return Err(rolled_back(facts, older.as_deref(), newer)),
+        Found::Record(record) | Found::CutOff(record) => record,
+    };
+    same_job(facts, record)?;
+    same_side_tables(facts, record)?;
+    if !allow.rebase {
+        same_cluster(facts, record)?;
+        same_topics(facts, record)?;
+        if !allow.loss {
+            offsets_in_range(facts, record)?;
+        }
+    }
+    same_key(facts, record)?;
+    Ok(Start::Resume(record.clone()))
+}
+
+fn judge_without_ledger(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> {
+    if facts.local_generations {
+        return Err(Stop::new(
+            Reason::LedgerLost,
+            format!(
+                "table {} has no ledger of job {}, but the state folder has generations of it",
+                facts.table, facts.job_name
+            ),
+            format!(
+                "nothing was read or written; if the table was dropped on purpose, begin anew with:\n  \
+                 tidemill state discard {}",
+                facts.job_shown
+            ),
+        ));
+    }
+    if facts.table_rows > 0 && !allow.ignore_rows {
+        return Err(Stop::new(
+            Reason::TableNotEmpty,
+            format!("table {} has {} rows and no ledger", facts.table, facts.table_rows),
+            format!(
+                "nothing was read or written; to write beside these rows, which then do not count as seen:\n  \
+                 tidemill run {} --ignore-rows",
+                facts.job_shown
+            ),
+        ));
+    }
+    if facts.dead_letters_marked {
+        return Err(Stop::new(
+            Reason::OtherJob,
+            format!(
+                "table {} has no ledger yet, and dead-letter table {} follows another job, or this one before its table \
+                 was dropped",
+                facts.table, facts.dead_letter_table
+            ),
+            format!(
+                "nothing was read or written; its letters stay; write this job's letters to a table of their own:\n  \
+                 tidemill run {} --set sink.iceberg.dead_letters.table={}_2",
+                facts.job_shown, facts.dead_letter_table
+            ),
+        ));
+    }
+    Ok(Start::First)
+}
+
+fn rolled_back(facts: &Facts<'_>, older: Option<&LedgerRecord>, newer: &LedgerRecord) -> Stop {
+    let now = older.map_or("no commit of this job".to_owned(), |older| format!("batch {}", older.batch));
+    Stop::new(
+        Reason::TableRolledBack,
+        format!(
+            "table {} was rolled back: it is at {now}, its ledger says batch {}",
+            facts.table, newer.batch
+        ),
+        format!(
+            "nothing was read or written; roll the table forward to its snapshot of batch {} (summary \
+             tidemill.attempt = {}) with your engine, then:\n  tidemill run {}\n\
+             replaying from the older batch (on_rollback = \"replay\") is not built yet",
+            newer.batch, newer.attempt, facts.job_shown
+        ),
+    )
+}
+
+fn same_job(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
+    if record.job_name == facts.job_name {
+        return Ok(());
+    }
+    Err(Stop::new(
+        Reason::OtherJob,
+        format!(
+            "table {} carries the ledger of job {:?}, and this job is {:?}",
+            facts.table, record.job_name, facts.job_name
+        ),
+        format!(
+            "nothing was read or written; give this job a table of its own:\n  \
+             tidemill run {} --set sink.iceberg.table={}_{name} --set sink.iceberg.dead_letters.table={}_{name}\n\
+             or, if the job was only renamed, name it {:?} again",
+            facts.job_shown,
+            facts.table,
+            facts.dead_letter_table,
+            record.job_name,
+            name = facts.job_name.replace('-', "_")
+        ),
+    ))
+}
+
+fn same_side_tables(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
+    for (role, side) in &record.sides {
+        let found = facts.side_uuids.get(role);
+        if found == Some(&side.uuid) {
+            continue;
+        }
+        let what = match found {
+            None => format!("{role} table {} is missing", side.table),
+            Some(found) => {
+                format!(
+                    "{role} table {} was replaced: uuid {found} where {} was expected",
+                    side.table, side.uuid
+                )
+            }
+        };
+        return Err(Stop::new(
+            Reason::TableReplaced,
+            what,
+            format!(
+                "nothing was read or written; put the table back under its name (register_table with its last metadata \
+                 file), then:\n  tidemill run {}",
+                facts.job_shown
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn same_cluster(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
+    let (Some(known), Some(found)) = (record.cluster_id.as_deref(), facts.cluster_id) else { return Ok(()) };
+    if known == found {
+        return Ok(());
+    }
+    Err(Stop::new(
+        Reason::ClusterChanged,
+        format!("the broker belongs to cluster {found}, the ledger of {} to cluster {known}", facts.table),
+        rebase_way_out(facts),
+    ))
+}
+
+fn same_topics(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
+    let changed: Vec<String> = facts
+        .topic_ids
+        .iter()
+        .filter_map(|(topic, found)| {
+            let (known, found) = ((*record.topics.get(topic)?)?, (*found)?);
+            (known != found)
+                .then(|| format!("topic {topic} was made again: id {found} where {known} was read"))
+        })
+        .collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    Err(Stop::new(Reason::TopicChanged, changed.join("\n"), rebase_way_out(facts)))
+}
+
+/// The one way out of a changed cluster, topic or tail.
+pub fn rebase_way_out(facts: &Facts<'_>) -> String {
+    format!(
+        "nothing was read or written; if this is meant, begin again at the earliest offsets of the new topics (keys \
+         already seen stay seen):\n  tidemill rebase-offsets {}",
+        facts.job_shown
+    )
+}
+
+fn offsets_in_range(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
+    let mut lost = Vec::new();
+    let mut past_end = Vec::new();
+    for (topic_partition, &(low, end)) in facts.offsets {
+        let Some(cursor) = record.cursor(&topic_partition.topic, topic_partition.partition) else { continue };
+        if cursor.end < low {
+            lost.push(format!("{topic_partition} offsets [{}, {low})", cursor.end));
+        } else if cursor.end > end {
+            past_end.push(format!("{topic_partition} next offset {} past the log's end {end}", cursor.end));
+        }
+    }
+    if !past_end.is_empty() {
+        let what = format!("the log is shorter than what was read of it: {}", past_end.join(", "));
+        return Err(Stop::new(Reason::TopicChanged, what, rebase_way_out(facts)));
+    }
+    if lost.is_empty() {
+        return Ok(());
+    }
+    Err(Stop::new(
+        Reason::OffsetsLost,
+        format!("the broker no longer holds: {}", lost.join(", ")),
+        format!(
+            "nothing was read or written; the events of these ranges can not be had from this broker any more; to go on \
+             without them, with the ranges written into the ledger:\n  tidemill accept-loss {}",
+            facts.job_shown
+        ),
+    ))
+}
+
+fn same_key(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
+    if record.dedup.key_spec_hash == facts.key_spec_hash {
+        return Ok(());
+    }
+    Err(Stop::new(
+        Reason::KeySpecChanged,
+        format!(
+            "what makes an event a repeat differs from the ledger of {}: key columns, their types, event-time column, \
+             repeats or shards were changed",
+            facts.table
+        ),
+        format!(
+            "nothing was read or written; set these fields back as they were, or write to a new table:\n  \
+             tidemill run {} --set sink.iceberg.table={}_2 --set sink.iceberg.dead_letters.table={}_2\n\
+             rebuilding the state under a new key (state rekey) is not built yet",
+            facts.job_shown, facts.table, facts.dead_letter_table
+        ),
+    ))
+}
+
+/// Whether the table is free to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseVerdict {
+    /// Released, or never owned.
+    Free,
+    /// Its owner held this machine's lock, which is free: dead.
+    OwnerDead,
+    /// Its lease is over; the head must not move over a short wait.
+    Expired,
+    /// Someone works on it until then, ms since the epoch.
+    Busy {
+        /// End of the lease.
+        until_ms: i64,
+    },
+}
+
+/// Judges the lease of a record (R9).
+pub fn lease(record: &LedgerRecord, owner_dead: bool, now_ms: i64) -> LeaseVerdict {
+    if record.released {
+        LeaseVerdict::Free
+    } else if owner_dead {
+        LeaseVerdict::OwnerDead
+    } else if now_ms > record.lease_until_ms.saturating_add(LEASE_GRACE_MS) {
+        LeaseVerdict::Expired
+    } else {
+        LeaseVerdict::Busy { until_ms: record.lease_until_ms }
+    }
+}
+
+/// The stop of a start that meets another owner.
+pub fn busy(table: &str, owner: Option<Uuid>, until_ms: Option<i64>, job_shown: &str) -> Stop {
+    let owner = owner.map_or("another owner".to_owned(), |owner| format!("owner {owner}"));
+    let until = until_ms.map_or(String::new(), |until| format!(", lease until {}", EventTimeMs(until)));
+    Stop::new(
+        Reason::Busy,
+        format!("{owner} works on table {table}{until}"),
+        format!(
+            "nothing was read or written; try again later, or, if that owner is dead on another machine:\n  \
+             tidemill run {job_shown} --takeover"
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commit::ledger::SideRecord;
+    use crate::commit::ledger::tests::record;
+
+    struct Case {
+        found: Found,
+        rows: u64,
+        sides: BTreeMap<String, Uuid>,
+        marked: bool,
+        local: bool,
+        cluster: Option<&'static str>,
+        topics: BTreeMap<String, Option<TopicId>>,
+        offsets: BTreeMap<TopicPartition, (NextOffset, NextOffset)>,
+    }
+
+    fn case(found: Found) -> Case {
+        let known = record();
+        let offsets =
+            BTreeMap::from([(TopicPartition::new("sent", 0), (NextOffset::at(0), NextOffset::at(1_000)))]);
+        let sides = known.sides.iter().map(|(role, side)| (role.clone(), side.uuid)).collect();
+        Case {
+            found,
+            rows: 0,
+            sides,
+            marked: false,
+            local: false,
+            cluster: Some("c1"),
+            topics: known.topics,
+            offsets,
+        }
+    }
+
+    fn resumed() -> Case {
+        case(Found::Record(Box::new(record())))
+    }
+
+    fn judged(case: &Case, allow: Allow) -> Result<Start, Stop> {
+        let facts = Facts {
+            job_shown: "jobs/n.toml",
+            job_name: "n",
+            table: "events.n",
+            dead_letter_table: "events.n_dead_letters",
+            dead_letters_marked: case.marked,
+            found: &case.found,
+            table_rows: case.rows,
+            side_uuids: &case.sides,
+            local_generations: case.local,
+            cluster_id: case.cluster,
+            topic_ids: &case.topics,
+            offsets: &case.offsets,
+            key_spec_hash: "spec",
+        };
+        judge(&facts, allow)
+    }
+
+    fn stops_with(case: &Case) -> (Reason, String) {
+        let stop = judged(case, Allow::default()).unwrap_err();
+        (stop.reason, stop.way_out)
+    }
+
+    #[test]
+    fn a_record_that_fits_is_resumed() {
+        assert!(matches!(judged(&resumed(), Allow::default()), Ok(Start::Resume(_))));
+    }
+
+    #[test]
+    fn an_empty_table_without_ledger_is_a_first_run() {
+        assert!(matches!(judged(&case(Found::Nothing), Allow::default()), Ok(Start::First)));
+    }
+
+    #[test]
+    fn rows_without_ledger_stop_unless_they_are_ignored_by_name() {
+        let mut case = case(Found::Nothing);
+        case.rows = 5;
+        let (reason, way_out) = stops_with(&case);
+        assert_eq!(reason, Reason::TableNotEmpty);
+        assert!(way_out.contains("tidemill run jobs/n.toml --ignore-rows"));
+        let allow = Allow { ignore_rows: true, ..Allow::default() };
+        assert!(matches!(judged(&case, allow), Ok(Start::First)));
+    }
+
+    #[test]
+    fn local_generations_without_ledger_stop_even_when_rows_are_ignored() {
+        let mut case = case(Found::Nothing);
+        case.local = true;
+        let allow = Allow { ignore_rows: true, ..Allow::default() };
+        assert_eq!(judged(&case, allow).unwrap_err().reason, Reason::LedgerLost);
+        assert!(stops_with(&case).1.contains("tidemill state discard jobs/n.toml"));
+    }
+
+    #[test]
+    fn a_first_run_does_not_take_the_dead_letter_table_of_another_job() {
+        let mut case = case(Found::Nothing);
+        case.marked = true;
+        let (reason, way_out) = stops_with(&case);
+        assert_eq!(reason, Reason::OtherJob);
+        assert!(way_out.contains("--set sink.iceberg.dead_letters.table=events.n_dead_letters_2"));
+    }
+
+    #[test]
+    fn the_ledger_of_another_job_stops() {
+        let mut other = record();
+        other.job_name = "m".into();
+        let (reason, way_out) = stops_with(&case(Found::Record(Box::new(other))));
+        assert_eq!(reason, Reason::OtherJob);
+        assert!(way_out.contains("--set sink.iceberg.table=events.n_n"));
+    }
+
+    #[test]
+    fn a_rollback_stops_with_both_batches() {
+        let older = record();
+        let newer = LedgerRecord { batch: 9, sequence: older.sequence + 3, ..older.clone() };
+        let found = Found::RolledBack { older: Some(Box::new(older)), newer: Box::new(newer) };
+        let stop = judged(&case(found), Allow::default()).unwrap_err();
+        assert_eq!(stop.reason, Reason::TableRolledBack);
+        assert!(stop.what.contains("batch 4") && stop.what.contains("batch 9"));
+    }
+
+    #[test]
+    fn a_missing_or_replaced_side_table_stops() {
+        let mut with_side = record();
+        let side = SideRecord {
+            table: "events.n_dead_letters".into(),
+            uuid: Uuid::from_u128(5),
+            files: None,
+            schema_id: 0,
+            spec_id: 0,
+            owed: false,
+        };
+        with_side.sides.insert("dead_letters".into(), side);
+        let mut case = case(Found::Record(Box::new(with_side)));
+        assert_eq!(stops_with(&case).0, Reason::TableReplaced);
+        case.sides.insert("dead_letters".into(), Uuid::from_u128(6));
+        assert_eq!(stops_with(&case).0, Reason::TableReplaced);
+    }
+
+    #[test]
+    fn another_cluster_stops_and_a_rebase_may_go_on() {
+        let mut case = resumed();
+        case.cluster = Some("c2");
+        let (reason, way_out) = stops_with(&case);
+        assert_eq!(reason, Reason::ClusterChanged);
+        assert!(way_out.contains("tidemill rebase-offsets jobs/n.toml"));
+        assert!(judged(&case, Allow { rebase: true, ..Allow::default() }).is_ok());
+    }
+
+    #[test]
+    fn a_topic_made_again_stops() {
+        let mut case = resumed();
+        case.topics.insert("sent".into(), Some(TopicId(Uuid::from_u128(99))));
+        assert_eq!(stops_with(&case).0, Reason::TopicChanged);
+    }
+
+    #[test]
+    fn offsets_below_the_log_stop_with_the_exact_range() {
+        let mut case = resumed();
+        case.offsets.insert(TopicPartition::new("sent", 0), (NextOffset::at(150), NextOffset::at(1_000)));
+        let stop = judged(&case, Allow::default()).unwrap_err();
+        assert_eq!(stop.reason, Reason::OffsetsLost);
+        assert!(stop.what.contains("sent[0] offsets [100, 150)"), "{}", stop.what);
+        assert!(judged(&case, Allow { loss: true, ..Allow::default() }).is_ok());
+    }
+
+    #[test]
+    fn offsets_past_the_end_of_the_log_are_a_changed_topic() {
+        let mut case = resumed();
+        case.offsets.insert(TopicPartition::new("sent", 0), (NextOffset::at(0), NextOffset::at(99)));
+        assert_eq!(stops_with(&case).0, Reason::TopicChanged);
+    }
+
+    #[test]
+    fn another_key_stops() {
+        let mut other = record();
+        other.dedup.key_spec_hash = "other".into();
+        assert_eq!(stops_with(&case(Found::Record(Box::new(other)))).0, Reason::KeySpecChanged);
+    }
+
+    #[test]
+    fn a_lease_is_free_when_released_dead_when_its_lock_is_free_and_expired_after_the_grace() {
+        let mut held = record();
+        held.released = false;
+        held.lease_until_ms = 1_000_000;
+        assert_eq!(lease(&held, false, 1_000_000), LeaseVerdict::Busy { until_ms: 1_000_000 });
+        assert_eq!(lease(&held, false, 1_060_000), LeaseVerdict::Busy { until_ms: 1_000_000 });
+        assert_eq!(lease(&held, false, 1_060_001), LeaseVerdict::Expired);
+        assert_eq!(lease(&held, true, 0), LeaseVerdict::OwnerDead);
+        held.released = true;
+        assert_eq!(lease(&held, false, 0), LeaseVerdict::Free);
+    }
+
+    #[test]
+    fn a_topic_partition_that_the_ledger_does_not_know_is_no_loss() {
+        let mut case = resumed();
+        case.offsets.insert(TopicPartition::new("sent", 7), (NextOffset::at(50), NextOffset::at(60)));
+        assert!(judged(&case, Allow::default()).is_ok());
+    }
+}
