@@ -1,1 +1,7 @@
-fn main() {}
+//! Arguments in, exit code out, the error chain printed once.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tidemill::cli::main()
+}

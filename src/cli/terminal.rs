@@ -1,0 +1,160 @@
+//! What a person or a script sees: bar, lines, JSON, and the end of a run that stopped.
+
+use std::io::{IsTerminal, Write};
+use std::time::Instant;
+
+use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tracing_subscriber::EnvFilter;
+
+use crate::pipeline::report::{Event, Report};
+use crate::stop::Stop;
+
+/// Logs to standard error, in the open format of `tracing`: time, level, target, fields.
+pub fn start_logging(filter: &str) {
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
+        eprintln!("log filter {filter:?} is not understood ({error}); showing warnings");
+        EnvFilter::new("warn")
+    });
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+/// The error chain, what is safe, and the way out.
+pub fn print_stop(stop: &Stop, json: bool) {
+    let mut causes = Vec::new();
+    let mut source = std::error::Error::source(stop);
+    while let Some(error) = source {
+        causes.push(error.to_string());
+        source = error.source();
+    }
+    if json {
+        print_json(&serde_json::json!({
+            "event": "stop", "reason": stop.reason.name(), "exit_code": stop.reason.exit_code(),
+            "what": stop.what, "causes": causes, "way_out": stop.way_out,
+        }));
+        return;
+    }
+    eprintln!("tidemill: {}: {}", stop.reason.name(), stop.what);
+    for cause in causes {
+        eprintln!("  because: {cause}");
+    }
+    for line in stop.way_out.lines() {
+        eprintln!("  {line}");
+    }
+}
+
+/// One line of JSON on standard output. A reader that went away is no error of ours.
+pub fn print_json(value: &impl serde::Serialize) {
+    let line = serde_json::to_string(value).expect("reports have string keys and finite numbers");
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Shows events as a bar on a terminal, as one line a commit elsewhere, or as JSON.
+pub struct Terminal {
+    json: bool,
+    bar: Option<ProgressBar>,
+    begun: Instant,
+    lag_at_start: u64,
+    consumed: u64,
+}
+
+impl Terminal {
+    /// A bar needs standard error on a terminal and no `--json`.
+    pub fn new(json: bool) -> Self {
+        let bar = (!json && std::io::stderr().is_terminal()).then(|| {
+            let style = ProgressStyle::with_template(
+                "{bar:30} {percent:>3}%  {msg}  {elapsed_precise} left {eta_precise}",
+            )
+            .expect("the template is a constant");
+            ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()).with_style(style)
+        });
+        Self { json, bar, begun: Instant::now(), lag_at_start: 0, consumed: 0 }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => {
+                let _ = writeln!(std::io::stdout(), "{text}");
+            }
+        }
+    }
+
+    fn show(&mut self, event: &Event) {
+        match event {
+            Event::Start { job, epoch, lag, topic_partitions, memory } => {
+                self.lag_at_start = *lag;
+                if let Some(bar) = &self.bar {
+                    bar.set_length(*lag);
+                }
+                self.line(&format!(
+                    "job {job} epoch {epoch}: {} offsets to read from {topic_partitions} topic partitions",
+                    HumanCount(*lag)
+                ));
+                tracing::info!(memory, "memory split");
+            }
+            Event::Progress { batch, consumed, lag } => {
+                self.consumed = *consumed;
+                if let Some(bar) = &self.bar {
+                    let rate = *consumed as f64 / self.begun.elapsed().as_secs_f64().max(0.001);
+                    bar.set_position(self.lag_at_start.saturating_sub(*lag));
+                    bar.set_message(format!(
+                        "{} events  {}/s  lag {}  batch {batch}",
+                        HumanCount(*consumed),
+                        HumanCount(rate as u64),
+                        HumanCount(*lag)
+                    ));
+                }
+            }
+            Event::Commit { batch, counts, snapshot_id, data_files, sends, lag, watermark } => {
+                self.line(&format!(
+                    "batch {batch} committed: consumed {} written {} duplicate {} dead_letter {} late {} files {data_files} \
+                     lag {lag} watermark {} snapshot {snapshot_id}{}",
+                    counts.consumed,
+                    counts.written,
+                    counts.duplicate,
+                    counts.dead_letter + counts.dead_letter_known,
+                    counts.late,
+                    watermark.as_deref().unwrap_or("none"),
+                    if *sends > 1 { format!(" sends {sends}") } else { String::new() },
+                ));
+            }
+            Event::Notice { text } => self.line(&format!("note: {text}")),
+            Event::Done(summary) => {
+                if let Some(bar) = &self.bar {
+                    bar.finish_and_clear();
+                }
+                let counts = &summary.counts;
+                if summary.batches == 0 {
+                    self.line(&format!("nothing to read: {} is at batch {}", summary.table, summary.batch));
+                    return;
+                }
+                let rate = counts.consumed as f64 / summary.seconds.max(0.001);
+                self.line(&format!(
+                    "done: {} events in {} batches, {} written, {} duplicate, {} dead letters, {}/s, {} keys in {} of state",
+                    HumanCount(counts.consumed),
+                    summary.batches,
+                    HumanCount(counts.written),
+                    HumanCount(counts.duplicate),
+                    HumanCount(counts.dead_letter + counts.dead_letter_known),
+                    HumanCount(rate as u64),
+                    HumanCount(summary.state_keys),
+                    bytesize::ByteSize(summary.state_bytes),
+                ));
+            }
+        }
+    }
+}
+
+impl Report for Terminal {
+    fn event(&mut self, event: &Event) {
+        if !self.json {
+            self.show(event);
+        } else if !matches!(event, Event::Progress { .. }) {
+            print_json(event);
+        }
+    }
+}
