@@ -265,18 +265,18 @@ fn without_token_bodies(error: Error) -> Error {
     Error::new(error.kind(), format!("the token endpoint gave an answer that can not be used{status}"))
 }
 
-/// Opens the catalog of a job under a catalog name, usually [`CATALOG_NAME`].
+/// Opens the catalog of a job under [`CATALOG_NAME`], the same for every job: two jobs that name one table meet.
 ///
 /// `sql` creates the SQLite file, its folders and a local warehouse folder if they are missing. `rest` sends
 /// nothing yet: the first call does.
 ///
 /// # Errors
 /// [`CatalogError::Misconfigured`] names the field; the others as they say.
-pub async fn connect(config: &CatalogConfig, name: &str) -> Result<Arc<dyn Catalog>, CatalogError> {
+pub async fn connect(config: &CatalogConfig) -> Result<Arc<dyn Catalog>, CatalogError> {
     let properties = resolve_properties(config)?;
     match config.kind {
-        CatalogKind::Sql => connect_sql(config, name, properties).await,
-        CatalogKind::Rest => connect_rest(config, name, properties).await,
+        CatalogKind::Sql => connect_sql(config, CATALOG_NAME, properties).await,
+        CatalogKind::Rest => connect_rest(config, CATALOG_NAME, properties).await,
     }
 }
 
@@ -663,7 +663,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let config = of_folder_config(folder.path());
         let namespace = NamespaceIdent::from_strs(["events", "raw"]).unwrap();
-        let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+        let catalog = connect(&config).await.unwrap();
         ensure_namespace(catalog.as_ref(), &namespace).await.unwrap();
         ensure_namespace(catalog.as_ref(), &namespace).await.unwrap();
         drop(catalog);
@@ -674,7 +674,7 @@ mod tests {
         let mode: String =
             sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut connection).await.unwrap();
         assert_eq!(mode, "wal");
-        let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+        let catalog = connect(&config).await.unwrap();
         assert!(catalog.namespace_exists(&namespace).await.unwrap());
         assert!(folder.path().join("ware house").is_dir());
     }
@@ -682,7 +682,7 @@ mod tests {
     #[tokio::test]
     async fn a_table_that_is_missing_is_none_and_no_error() {
         let folder = tempfile::tempdir().unwrap();
-        let catalog = connect(&of_folder_config(folder.path()), CATALOG_NAME).await.unwrap();
+        let catalog = connect(&of_folder_config(folder.path())).await.unwrap();
         let table = TableIdent::from_strs(["events", "nothing"]).unwrap();
         assert!(load(catalog.as_ref(), &table).await.unwrap().is_none());
     }
@@ -693,7 +693,7 @@ mod tests {
     async fn a_reader_of_the_sqlite_file_does_not_hold_up_a_write() {
         let folder = tempfile::tempdir().unwrap();
         let config = of_folder_config(folder.path());
-        let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+        let catalog = connect(&config).await.unwrap();
         let options = SqliteConnectOptions::new().filename(folder.path().join("deep/er/cat alog%.db"));
         let mut reader = SqliteConnection::connect_with(&options).await.unwrap();
         sqlx::query("BEGIN").execute(&mut reader).await.unwrap();
@@ -728,7 +728,7 @@ mod tests {
             (with("credential", Setting::Env("TIDEMILL_NOT_SET".to_owned())), "TIDEMILL_NOT_SET"),
         ];
         for (config, reason) in cases {
-            let error = connect(&config, CATALOG_NAME).await.unwrap_err();
+            let error = connect(&config).await.unwrap_err();
             assert!(matches!(error, CatalogError::Misconfigured { .. }), "{error:?}");
             assert!(error.to_string().contains(reason), "{error}");
             assert!(!format!("{error:?}").contains("hush"));
@@ -742,7 +742,7 @@ mod tests {
         std::fs::write(&path, "this is a text and no database, long enough to be read as a header of one")
             .unwrap();
         let config = config(CatalogKind::Sql, &format!("sqlite://{}", path.display()), "/tmp");
-        let error = connect(&config, CATALOG_NAME).await.unwrap_err();
+        let error = connect(&config).await.unwrap_err();
         assert!(matches!(error, CatalogError::Misconfigured { .. }), "{error:?}");
     }
 
@@ -752,7 +752,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         drop(listener);
         let config = config(CatalogKind::Rest, &format!("http://{address}"), "wh");
-        let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+        let catalog = connect(&config).await.unwrap();
         let table = TableIdent::from_strs(["events", "n"]).unwrap();
         let error = load(catalog.as_ref(), &table).await.unwrap_err();
         assert!(matches!(error, CatalogError::Away { .. }), "{error:?}");
@@ -784,7 +784,7 @@ mod tests {
             });
             let mut config = config(CatalogKind::Rest, &format!("http://{address}"), "wh");
             config.properties.insert("token".to_owned(), Setting::Plain("hush-hush".to_owned()));
-            let catalog = connect(&config, CATALOG_NAME).await.unwrap();
+            let catalog = connect(&config).await.unwrap();
             let namespace = NamespaceIdent::new("events".to_owned());
             let error = ensure_namespace(catalog.as_ref(), &namespace).await.unwrap_err();
             server.join().unwrap();

@@ -13,6 +13,10 @@ pub const PROGRAM_BYTES: u64 = 96 << 20;
 /// The smallest `memory` that a job may name. Below it the shares no longer hold one record of the default largest size.
 pub const MEMORY_BYTES_MIN: u64 = 256 << 20;
 
+/// Bytes beside its payload that a record of a probe batch takes: head in the chunk, place, times, fingerprint, order,
+/// verdict, rounded up.
+const PROBE_RECORD_BYTES: u64 = 256;
+
 /// Who may hold how much, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct MemoryPlan {
@@ -58,6 +62,11 @@ impl MemoryPlan {
     /// Most payload of one probe batch: decoded columns and letters take up to four times the bytes they came from.
     pub fn probe_payload_bytes_max(&self) -> u64 {
         self.records.min(self.decode / 4)
+    }
+
+    /// Most records of one probe batch: each costs a head, a place and a verdict beside its bytes.
+    pub fn probe_records_max(&self) -> u64 {
+        self.probe_payload_bytes_max() / PROBE_RECORD_BYTES
     }
 
     /// Most bytes of keys that the open microbatch has accepted; it closes when they are reached.

@@ -36,7 +36,7 @@ impl History {
 
 async fn load(loaded: &LoadedJob) -> Result<Option<iceberg::table::Table>, Stop> {
     let sink = &loaded.job.sink;
-    let catalog = catalog::connect(&sink.catalog, &loaded.job.name).await.map_err(stops::catalog)?;
+    let catalog = catalog::connect(&sink.catalog).await.map_err(stops::catalog)?;
     let ident = schema::table_ident(&sink.table).map_err(stops::schema)?;
     catalog::load(&*catalog, &ident).await.map_err(stops::catalog)
 }

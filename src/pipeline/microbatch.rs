@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, BooleanArray, RecordBatch};
 use arrow::compute::filter_record_batch;
@@ -32,9 +32,11 @@ use crate::offset::{Place, TopicId};
 use crate::record::RecordChunk;
 use crate::sink::dead_letters::{self, LetterPlace};
 use crate::sink::writer::{self, TableWriter};
-use crate::source::ReadLimits;
+use crate::source::{ReadLimits, ReadStatus};
 use crate::stop::{Reason, Stop};
 
+/// Longest wait for records before a signal is looked for.
+const READ_TURN_MAX: Duration = Duration::from_millis(250);
 /// Reasons that a tripped brake names.
 const BRAKE_REASONS_SHOWN: usize = 3;
 
@@ -141,35 +143,12 @@ impl Session<'_> {
         consumed_before: u64,
         report: &mut dyn Report,
     ) -> Result<(), Stop> {
-        let limits = &self.owner.loaded.job.microbatch;
-        let deadline = Instant::now() + limits.open_time_max;
-        let records_max = limits.records_max;
-        let payload_bytes_max = limits.payload_bytes_max;
+        let deadline = Instant::now() + self.owner.loaded.job.microbatch.open_time_max;
         let mut chunk = RecordChunk::default();
         self.options.phases.reach("read");
-        loop {
-            let records_left = records_max.saturating_sub(open.cut.counts.consumed);
-            let bytes_left = payload_bytes_max.saturating_sub(open.payload_bytes);
-            let keys_full = self.store.pending_bytes() >= self.memory.pending_bytes_max();
-            if records_left == 0
-                || bytes_left == 0
-                || keys_full
-                || self.exhausted()
-                || Instant::now() >= deadline
-            {
-                return Ok(());
-            }
-            if self.options.interrupted() {
-                return Err(interrupted());
-            }
+        while let Some(limits) = self.next_chunk_limits(open, deadline) {
             chunk.clear();
-            let probe = ReadLimits {
-                records_max: usize::try_from(records_left).unwrap_or(usize::MAX),
-                bytes_max: usize::try_from(bytes_left.min(self.memory.probe_payload_bytes_max()))
-                    .unwrap_or(usize::MAX),
-                deadline,
-            };
-            self.reader.read(&mut chunk, probe).map_err(stops::source)?;
+            self.read_chunk(&mut chunk, limits)?;
             if !chunk.is_empty() {
                 open.payload_bytes += chunk.payload_bytes() as u64;
                 self.probe_batch(open, &chunk).await?;
@@ -179,6 +158,40 @@ impl Session<'_> {
                 consumed: consumed_before + open.cut.counts.consumed,
                 lag: self.lag(),
             });
+        }
+        Ok(())
+    }
+
+    /// Bounds of the next probe batch; `None` when the microbatch is to be closed.
+    fn next_chunk_limits(&self, open: &Open, deadline: Instant) -> Option<ReadLimits> {
+        let limits = &self.owner.loaded.job.microbatch;
+        let records_left = limits.records_max.saturating_sub(open.cut.counts.consumed);
+        let bytes_left = limits.payload_bytes_max.saturating_sub(open.payload_bytes);
+        let keys_full = self.store.pending_bytes() >= self.memory.pending_bytes_max();
+        let closed = records_left == 0
+            || bytes_left == 0
+            || keys_full
+            || self.exhausted()
+            || Instant::now() >= deadline;
+        let bounded = |left: u64, most: u64| usize::try_from(left.min(most)).unwrap_or(usize::MAX);
+        (!closed).then(|| ReadLimits {
+            records_max: bounded(records_left, self.memory.probe_records_max()),
+            bytes_max: bounded(bytes_left, self.memory.probe_payload_bytes_max()),
+            deadline,
+        })
+    }
+
+    /// Reads until the chunk is at its bounds, in turns short enough that a signal is heard.
+    fn read_chunk(&mut self, chunk: &mut RecordChunk, limits: ReadLimits) -> Result<(), Stop> {
+        loop {
+            if self.options.interrupted() {
+                return Err(interrupted());
+            }
+            let deadline = limits.deadline.min(Instant::now() + READ_TURN_MAX);
+            let status = self.reader.read(chunk, ReadLimits { deadline, ..limits }).map_err(stops::source)?;
+            if status != ReadStatus::DeadlinePassed || Instant::now() >= limits.deadline {
+                return Ok(());
+            }
         }
     }
 

@@ -29,7 +29,7 @@ use crate::dedup;
 use crate::job::Job;
 use crate::job::file::LoadedJob;
 use crate::memory::MemoryPlan;
-use crate::offset::{NextOffset, TopicPartition};
+use crate::offset::{NextOffset, TopicId, TopicPartition};
 use crate::sink::{scan, schema, writer};
 use crate::source::{Connection, ReadPlan, Reader, ReaderOptions, STALL_AFTER_DEFAULT, SourceError, Tail};
 use crate::stop::{Reason, Stop};
@@ -304,6 +304,7 @@ impl<'a> Owner<'a> {
             None => first_record(loaded, &survey, &main, &dead, &decoder, starts)?,
         };
         let epoch = fenced.epoch.max(lock.epoch_max()) + 1;
+        let topic_ids = survey.topic_ids();
         lock.record_owner(id, epoch).map_err(stops::lock)?;
         let mut owner = Self {
             loaded,
@@ -320,9 +321,18 @@ impl<'a> Owner<'a> {
         };
         owner.commit(LedgerRecord { epoch, released: false, ..fenced }, Vec::new()).await?;
         owner.options.phases.reach("fenced");
+        owner.learn_topics(topic_ids);
         owner.forward_sides().await?;
         owner.add_columns(&survey.comparison.additions).await?;
         Ok((owner, survey.connection, decoder))
+    }
+
+    /// Topics that joined the job since the last record, and ids that the broker now tells; stated by the next commit.
+    fn learn_topics(&mut self, topic_ids: BTreeMap<String, Option<TopicId>>) {
+        for (topic, id) in topic_ids {
+            let known = self.record.topics.entry(topic).or_default();
+            *known = known.or(id);
+        }
     }
 
     pub(super) fn committing(&self) -> Committing<'a> {
@@ -596,6 +606,8 @@ pub async fn move_offsets(
     let topics: BTreeMap<_, _> =
         record.topics.clone().into_iter().chain(prepared.survey.topic_ids()).collect();
     let cluster_id = prepared.survey.cluster.cluster_id.clone();
+    let partition_counts: BTreeMap<String, i32> =
+        prepared.survey.cluster.topics.iter().map(|facts| (facts.topic.clone(), facts.partitions)).collect();
     let (mut owner, _, _) = Owner::take(prepared, &BTreeMap::new()).await?;
     let mut next = LedgerRecord {
         kind: Kind::Jump,
@@ -606,6 +618,11 @@ pub async fn move_offsets(
         ..owner.record.clone()
     };
     let lane = next.lanes.entry(LIVE_LANE.to_owned()).or_default();
+    for (topic, known) in &mut lane.topics {
+        // A topic made again may have fewer topic partitions than its ledger.
+        let partitions = partition_counts.get(topic).copied();
+        known.retain(|partition, _| partitions.is_none_or(|partitions| *partition < partitions));
+    }
     for jump in &jumps {
         let known = lane.topics.entry(jump.topic.clone()).or_default();
         let max_event_time = known.get(&jump.partition).and_then(|cursor| cursor.max_event_time);

@@ -180,6 +180,10 @@ fn same_side_tables(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop
             continue;
         }
         let what = match found {
+            _ if side.table != facts.dead_letter_table => format!(
+                "the {role} table of the ledger is {}, and the job names {}; set sink.iceberg.dead_letters.table back",
+                side.table, facts.dead_letter_table
+            ),
             None => format!("{role} table {} is missing", side.table),
             Some(found) => {
                 format!(

@@ -61,7 +61,7 @@ impl Survey {
     /// # Errors
     /// A [`Stop`]: something is away, refused, unknown or of another shape.
     pub async fn take(job: &Job, memory: &MemoryPlan) -> Result<Self, Stop> {
-        let catalog = catalog::connect(&job.sink.catalog, &job.name).await.map_err(stops::catalog)?;
+        let catalog = catalog::connect(&job.sink.catalog).await.map_err(stops::catalog)?;
         let main_ident = schema::table_ident(&job.sink.table).map_err(stops::schema)?;
         let dead_ident = schema::table_ident(&job.sink.dead_letters.table).map_err(stops::schema)?;
         let main = catalog::load(&*catalog, &main_ident).await.map_err(stops::catalog)?;

@@ -15,7 +15,7 @@ use iceberg::spec::{DataFile, PrimitiveType, Transform};
 use iceberg::table::Table;
 use iceberg::transaction::{ApplyTransactionAction, Transaction};
 
-use crate::catalog::{CATALOG_NAME, connect};
+use crate::catalog::connect;
 use crate::job::{
     Arrays, CatalogConfig, CatalogKind, Column, ColumnSource, DeadLetterSink, Decode, Dedup, EventTimeRule,
     IcebergSink, Job, KafkaSource, LatePolicy, MicrobatchLimits, PartitionField, Repeats, StartPosition,
@@ -91,7 +91,7 @@ pub fn job(folder: &Path) -> Job {
 }
 
 pub async fn catalog(job: &Job) -> Arc<dyn Catalog> {
-    connect(&job.sink.catalog, CATALOG_NAME).await.unwrap()
+    connect(&job.sink.catalog).await.unwrap()
 }
 
 /// Rows with the columns of [`job`], in another order than the table's and without `provider`. Row `n` is event

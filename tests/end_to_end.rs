@@ -1,0 +1,343 @@
+//! The whole pipeline against the in-process broker: no service, every commit real.
+//!
+//! Exactness against readers of other makes is judged by `tests/acceptance`; here it is the generator's truth.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use iceberg::transaction::{ApplyTransactionAction, Transaction};
+use tempfile::TempDir;
+use tidemill::catalog;
+use tidemill::commit::ledger::{self, Found, LedgerRecord};
+use tidemill::commit::lock::StateLock;
+use tidemill::counts::Counts;
+use tidemill::generate::config::bad_of_each_kind;
+use tidemill::generate::{Broker, Generator, GeneratorConfig, Sender, Topics, demo_job_toml};
+use tidemill::job::file::{self, LoadedJob};
+use tidemill::letter::ReasonCode;
+use tidemill::pipeline::report::{Event, Report, Summary};
+use tidemill::pipeline::{self, OffsetCommand, RunOptions, history, survey};
+use tidemill::sink::schema;
+use tidemill::stop::{Reason, Stop};
+
+const PARTITIONS: u32 = 3;
+const WAVE_EVENTS: u64 = 8_000;
+
+/// A broker, a stream and a job in a folder of their own.
+struct Bench {
+    folder: TempDir,
+    broker: Broker,
+    sender: Sender,
+    generator: Generator,
+    runtime: tokio::runtime::Runtime,
+}
+
+#[derive(Default)]
+struct Notes(Vec<String>);
+
+impl Report for Notes {
+    fn event(&mut self, event: &Event) {
+        if let Event::Notice { text } = event {
+            self.0.push(text.clone());
+        }
+    }
+}
+
+impl Bench {
+    fn new(seed: u64, bad: BTreeMap<ReasonCode, u64>) -> Self {
+        let config = GeneratorConfig {
+            seed,
+            events: WAVE_EVENTS,
+            bad,
+            topics: Topics::PerType("n".into()),
+            partitions_per_topic: PARTITIONS,
+            ..GeneratorConfig::default()
+        };
+        let broker = Broker::start().unwrap();
+        broker.create_topics(&config.topics.names(), PARTITIONS).unwrap();
+        let folder = TempDir::new().unwrap();
+        let text = demo_job_toml(broker.bootstrap(), folder.path(), &config.topics.names());
+        fs::write(folder.path().join("job.toml"), text).unwrap();
+        Self {
+            sender: Sender::connect(broker.bootstrap(), &BTreeMap::new()).unwrap(),
+            generator: Generator::new(&config).unwrap(),
+            runtime: tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap(),
+            folder,
+            broker,
+        }
+    }
+
+    fn with_some_bad(seed: u64) -> Self {
+        Self::new(seed, bad_of_each_kind(5))
+    }
+
+    fn send_wave(&mut self) {
+        self.sender.send(self.generator.wave(WAVE_EVENTS), |_| {}).unwrap();
+    }
+
+    fn job_path(&self) -> PathBuf {
+        self.folder.path().join("job.toml")
+    }
+
+    fn load(&self, sets: &[&str]) -> LoadedJob {
+        let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+        file::read(&self.job_path(), &sets, &|_| None).unwrap()
+    }
+
+    fn run_noting(&self, sets: &[&str], options: RunOptions) -> (Result<Summary, Stop>, Vec<String>) {
+        let mut notes = Notes::default();
+        let loaded = self.load(sets);
+        let options = RunOptions { job_shown: "job.toml".into(), ..options };
+        let result = self.runtime.block_on(pipeline::run(&loaded, &options, &mut notes));
+        (result, notes.0)
+    }
+
+    fn run(&self, sets: &[&str]) -> Summary {
+        self.run_noting(sets, RunOptions::default()).0.unwrap()
+    }
+
+    fn stop(&self, sets: &[&str]) -> Stop {
+        self.run_noting(sets, RunOptions::default()).0.unwrap_err()
+    }
+
+    fn state_folder(&self) -> PathBuf {
+        survey::state_folder(&self.load(&[]).job)
+    }
+
+    fn counts(&self) -> Counts {
+        let history = self.runtime.block_on(history::read(&self.load(&[]))).unwrap().unwrap();
+        history.counts_since(0)
+    }
+
+    fn rows_by(&self, column: &str) -> BTreeMap<String, u64> {
+        self.runtime.block_on(history::count_by(&self.load(&[]), column)).unwrap()
+    }
+
+    fn table(&self) -> iceberg::table::Table {
+        let job = self.load(&[]).job;
+        self.runtime.block_on(async {
+            let catalog = catalog::connect(&job.sink.catalog).await.unwrap();
+            let ident = schema::table_ident(&job.sink.table).unwrap();
+            catalog::load(&*catalog, &ident).await.unwrap().unwrap()
+        })
+    }
+
+    fn record(&self) -> LedgerRecord {
+        match ledger::inspect(self.table().metadata()).unwrap() {
+            Found::Record(record) => *record,
+            other => panic!("no ledger record: {other:?}"),
+        }
+    }
+
+    /// Removes a table property, as another engine's user might.
+    fn remove_property(&self, key: &str) {
+        let job = self.load(&[]).job;
+        let table = self.table();
+        self.runtime.block_on(async {
+            let catalog = catalog::connect(&job.sink.catalog).await.unwrap();
+            let transaction = Transaction::new(&table);
+            let update = transaction.update_table_properties().remove(key.to_owned());
+            update.apply(transaction).unwrap().commit(&*catalog).await.unwrap();
+        });
+    }
+
+    /// What the tables hold is what the generator sent.
+    fn assert_exact(&self) {
+        let (truth, counts) = (self.generator.truth(), self.counts());
+        assert_eq!(counts.consumed, truth.records);
+        assert_eq!(counts.written, truth.distinct);
+        assert_eq!(counts.duplicate, truth.repeats.total());
+        assert_eq!(counts.dead_letter, truth.bad_total());
+        assert_eq!(self.rows_by("event_type"), truth.distinct_by_type);
+        assert_eq!(self.rows_by("event_id").len() as u64, truth.distinct);
+    }
+}
+
+fn segments_in(folder: &Path) -> Vec<PathBuf> {
+    let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|extension| extension == "segment")).collect()
+}
+
+#[test]
+fn waves_with_repeats_and_bad_records_become_exactly_the_truth() {
+    let mut bench = Bench::with_some_bad(1);
+    for wave in 1..=3 {
+        bench.send_wave();
+        assert_eq!(bench.run(&[]).batch, wave);
+        bench.assert_exact();
+    }
+    let record = bench.record();
+    assert!(record.released, "the last commit of a drain gives the table back");
+    assert!(!record.owes_side_files());
+}
+
+#[test]
+fn a_run_with_nothing_to_read_commits_nothing() {
+    let mut bench = Bench::with_some_bad(2);
+    bench.send_wave();
+    bench.run(&[]);
+    let before = bench.table().metadata_location().unwrap().to_owned();
+    let summary = bench.run(&[]);
+    assert_eq!((summary.batches, summary.batch), (0, 1));
+    assert_eq!(bench.table().metadata_location().unwrap(), before);
+}
+
+#[test]
+fn where_batches_are_cut_changes_nothing_but_their_number() {
+    let mut bench = Bench::with_some_bad(3);
+    bench.send_wave();
+    let summary = bench.run(&["microbatch.max_records=1234"]);
+    assert!(summary.batches >= 6, "{} batches", summary.batches);
+    bench.send_wave();
+    bench.run(&["microbatch.max_bytes=\"300 KiB\"", "decode.max_record=\"200 KiB\""]);
+    bench.send_wave();
+    bench.run(&["microbatch.max_records=100000"]);
+    bench.assert_exact();
+    let record = bench.record();
+    let end: i64 = record.live().topics.values().flatten().map(|(_, cursor)| cursor.end.get()).sum();
+    assert_eq!(
+        end as u64,
+        bench.generator.truth().records,
+        "next offsets reach the end of every topic partition"
+    );
+}
+
+#[test]
+fn a_lost_state_folder_is_rebuilt_from_the_table_and_no_repeat_slips_in() {
+    let mut bench = Bench::with_some_bad(4);
+    bench.send_wave();
+    bench.run(&[]);
+    fs::remove_dir_all(bench.state_folder()).unwrap();
+    bench.send_wave();
+    // The ledger still names the owner of the run before, which released it: no lock file is needed to go on.
+    let (result, notes) = bench.run_noting(&[], RunOptions::default());
+    result.unwrap();
+    assert!(notes.iter().any(|note| note.contains("rebuilding it from table")), "{notes:?}");
+    bench.assert_exact();
+}
+
+#[test]
+fn a_damaged_segment_is_noticed_and_rebuilt() {
+    let mut bench = Bench::with_some_bad(5);
+    bench.send_wave();
+    bench.run(&[]);
+    let segment = segments_in(&bench.state_folder()).pop().unwrap();
+    let mut bytes = fs::read(&segment).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&segment, bytes).unwrap();
+    bench.send_wave();
+    let (result, notes) = bench.run_noting(&[], RunOptions::default());
+    result.unwrap();
+    assert!(notes.iter().any(|note| note.contains("corrupt")), "{notes:?}");
+    bench.assert_exact();
+}
+
+#[test]
+fn the_packed_record_is_enough_to_go_on_when_the_property_is_gone() {
+    let mut bench = Bench::with_some_bad(6);
+    bench.send_wave();
+    bench.run(&[]);
+    bench.remove_property(ledger::PROPERTY);
+    bench.send_wave();
+    bench.run(&[]);
+    bench.assert_exact();
+}
+
+#[test]
+fn too_many_bad_records_trip_the_brake_and_its_own_command_lets_them_through() {
+    let mut bench = Bench::new(7, BTreeMap::from([(ReasonCode::WrongType, 900), (ReasonCode::NullKey, 600)]));
+    bench.send_wave();
+    let stop = bench.stop(&[]);
+    assert_eq!(stop.reason, Reason::Brake);
+    assert!(
+        stop.what.contains("900 x wrong_type, first at n.") && stop.what.contains("600 x null_key"),
+        "{}",
+        stop.what
+    );
+    assert_eq!(bench.record().batch, 0, "nothing of the batch was committed");
+    assert!(stop.way_out.contains("--set sink.iceberg.dead_letters.max_ratio=1.0"));
+    bench.run(&["sink.iceberg.dead_letters.max_ratio=1.0"]);
+    bench.assert_exact();
+}
+
+#[test]
+fn a_new_optional_column_is_added_to_the_table_and_a_changed_one_is_refused() {
+    let mut bench = Bench::with_some_bad(8);
+    bench.send_wave();
+    bench.run(&[]);
+    bench.send_wave();
+    bench.run(&["decode.columns.attribute_app={ type = \"string\", path = \"$.attributes.app\" }"]);
+    let schema = bench.table().metadata().current_schema().clone();
+    assert!(schema.field_by_name("attribute_app").is_some_and(|field| !field.required));
+    let stop = bench.stop(&["decode.columns.user_id={ type = \"string\" }"]);
+    assert_eq!(stop.reason, Reason::SchemaDiffers);
+    assert!(stop.what.contains("user_id"), "{}", stop.what);
+}
+
+#[test]
+fn a_start_beside_a_live_owner_is_busy_and_commits_nothing() {
+    let mut bench = Bench::with_some_bad(9);
+    bench.send_wave();
+    let lock = StateLock::acquire(&bench.state_folder()).unwrap();
+    assert_eq!(bench.stop(&[]).reason, Reason::Busy);
+    drop(lock);
+    bench.run(&[]);
+    bench.assert_exact();
+}
+
+#[test]
+fn an_interrupted_run_gives_the_table_back_and_loses_nothing() {
+    let mut bench = Bench::with_some_bad(10);
+    bench.send_wave();
+    let interrupt = Arc::new(AtomicBool::new(true));
+    let (result, _) = bench.run_noting(&[], RunOptions { interrupt, ..RunOptions::default() });
+    assert_eq!(result.unwrap_err().reason, Reason::Interrupted);
+    let record = bench.record();
+    assert!(record.released && record.batch == 0);
+    bench.run(&[]);
+    bench.assert_exact();
+}
+
+#[test]
+fn topics_made_again_stop_the_run_and_a_rebase_drops_every_repeat() {
+    let mut bench = Bench::with_some_bad(11);
+    bench.send_wave();
+    bench.run(&[]);
+    let rows = bench.rows_by("event_type");
+    // Another cluster with topics of the same names and the same events.
+    let mut again = Bench::with_some_bad(11);
+    again.send_wave();
+    let bootstrap = format!("source.kafka.properties.\"bootstrap.servers\"={}", again.broker.bootstrap());
+    let stop = bench.stop(&[&bootstrap]);
+    assert!(matches!(stop.reason, Reason::ClusterChanged | Reason::TopicChanged), "{stop:?}");
+    assert!(stop.way_out.contains("tidemill rebase-offsets job.toml"));
+    let loaded = bench.load(&[&bootstrap]);
+    let options = RunOptions::default();
+    let moving = pipeline::move_offsets(&loaded, &options, OffsetCommand::Rebase, &|_| Ok(()));
+    let jumps = bench.runtime.block_on(moving).unwrap();
+    assert_eq!(jumps.len(), 4 * PARTITIONS as usize);
+    let counts = bench.run(&[&bootstrap]).counts;
+    assert_eq!((counts.written, counts.duplicate), (0, WAVE_EVENTS));
+    assert_eq!(bench.rows_by("event_type"), rows);
+    assert_eq!(counts.dead_letter, bench.generator.truth().bad_total(), "new places are new letters");
+}
+
+#[test]
+fn another_job_on_the_table_and_another_key_are_refused_by_name() {
+    let mut bench = Bench::with_some_bad(12);
+    bench.send_wave();
+    bench.run(&[]);
+    let other_state = format!("state_dir={}", bench.folder.path().join("other").display());
+    let stop = bench.stop(&["name=second", &other_state]);
+    assert_eq!(stop.reason, Reason::OtherJob);
+    let stop = bench.stop(&["dedup.key=[\"event_id\", \"event_type\"]"]);
+    assert_eq!(stop.reason, Reason::KeySpecChanged);
+    let stop = bench.stop(&["memory=\"64 MiB\""]);
+    assert_eq!(stop.reason, Reason::Usage);
+    bench.run(&[]);
+    bench.assert_exact();
+}
