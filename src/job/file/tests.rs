@@ -1042,6 +1042,25 @@ fn the_commented_example_has_every_field_that_the_reader_knows() {
 }
 
 #[test]
+fn the_readme_has_every_field_that_the_reader_knows() {
+    const README: &str = include_str!("../../../README.md");
+    let mut known = BTreeSet::new();
+    let source = JobSource { path: "x".into(), text: EXAMPLE.to_owned(), sets: Vec::new() };
+    source.check_with(&environment, &mut |fields| known = fields).expect("a good job");
+    for (path, name) in known {
+        let field = match path.as_str() {
+            "" => name.to_owned(),
+            column if column.starts_with("decode.columns.") => format!("column `{name}"),
+            "source.kafka.properties" => name.to_owned(),
+            path => format!("{path}.{name}"),
+        };
+        let field = if field.starts_with("column") { field } else { format!("`{field}") };
+        let row = [format!("{field}`"), format!("{field}.")].iter().any(|field| README.contains(field));
+        assert!(row, "[{path}] {name} is not in README.md: {field}");
+    }
+}
+
+#[test]
 fn the_defaults_that_the_example_names_are_those_of_the_code() {
     let whole = format!("{:?}", check(EXAMPLE, &[]).expect("a good job").job);
     let lines: Vec<&str> = EXAMPLE.lines().collect();
