@@ -38,7 +38,7 @@ Scheduling: start `tidemill run JOB` as often as you like; an overlapping start 
 #[derive(Debug, Parser)]
 #[command(name = "tidemill", version, about, after_help = EXIT_CODES, max_term_width = 110)]
 struct Cli {
-    /// What the log shows: error, warn, info, debug, or a filter such as `tidemill=debug,rdkafka=warn`
+    /// What the log shows: error, warn, info, debug, or a filter such as `tidemill=debug,librdkafka=warn`
     #[arg(long, global = true, env = "TIDEMILL_LOG", default_value = "warn", value_name = "FILTER")]
     log: String,
     /// Print machine-readable JSON, one object a line, instead of text for people
@@ -98,7 +98,7 @@ pub(crate) struct JobArgs {
 pub(crate) struct RunArgs {
     #[command(flatten)]
     job: JobArgs,
-    /// Take the table over from another owner, which then ends FENCED
+    /// Take the table over from an owner elsewhere, which then ends FENCED; in this state folder a live one is always BUSY
     #[arg(long)]
     takeover: bool,
     /// Start on a table that has rows but no ledger; its rows do not count as seen
@@ -210,10 +210,20 @@ impl JobArgs {
         Ok(loaded)
     }
 
-    /// The job file as the user named it, for commands in messages.
+    /// The job as the user named it, `--set` and all, for commands in messages.
     fn shown(&self) -> String {
-        self.job.display().to_string()
+        let path = quoted(&self.job.display().to_string());
+        self.sets.iter().fold(path, |text, set| format!("{text} --set {}", quoted(set)))
     }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./=:,@%+".contains(&byte);
+    if !word.is_empty() && word.bytes().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
 }
 
 /// Asks on a terminal; without one, `--yes` is needed.

@@ -60,7 +60,9 @@ use uuid::Uuid;
 
 pub use bucket::{Bucket, BucketTally, Digest, FLOOR_BUCKETS, Tally, bucket_width_ms};
 pub use builder::{Builder, RebuildReport};
-pub use generation::{GenerationInfo, GenerationName, GenerationRef, SweepReport, list_generations, sweep};
+pub use generation::{
+    GenerationInfo, GenerationName, GenerationRef, SweepReport, list_generations, set_aside, sweep,
+};
 pub use store::{Store, StoreStats};
 pub use verify::{VerifyReport, verify};
 

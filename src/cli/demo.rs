@@ -219,7 +219,7 @@ impl<'a> Demo<'a> {
         };
         self.say("this folder has the tables of an earlier demo, and its broker is gone; a run stops:");
         if !self.json {
-            terminal::print_stop(&stop, false);
+            terminal::print_stop(&stop.for_job(&self.job_path.display().to_string()), false);
         }
         self.say(&format!("$ tidemill rebase-offsets {} --yes", self.job_path.display()));
         let yes = |_: &str| Ok(());

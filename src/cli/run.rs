@@ -62,7 +62,9 @@ fn listen_for_signals(interrupt: Arc<AtomicBool>) -> Result<(), Stop> {
             if interrupt.swap(true, Ordering::Relaxed) {
                 std::process::exit(EXIT_SECOND_SIGNAL);
             }
-            eprintln!("ending after the commit in progress; once more to end at once");
+            eprintln!(
+                "ending: the open batch is dropped, a commit in progress is finished; once more to end at once"
+            );
         }
     });
     Ok(())

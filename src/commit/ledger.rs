@@ -163,6 +163,12 @@ pub struct DedupRecord {
     pub floor: Option<EventTimeMs>,
     /// Every bucket from here on holds all keys of our rows; `None` = since ever.
     pub complete_since: Option<EventTimeMs>,
+    /// Keys of all live buckets.
+    #[serde(default)]
+    pub keys: u64,
+    /// Sum of the buckets' digests, hexadecimal: what is left to compare with when the list of buckets is gone.
+    #[serde(default)]
+    pub digest: String,
 }
 
 /// One side table.
@@ -279,7 +285,9 @@ impl LedgerRecord {
         }
         let lanes = self.lanes.iter().map(|(name, lane)| (name.clone(), pack_lane(lane)));
         packed.insert("lanes".to_owned(), Value::Object(lanes.collect()));
-        Value::Object(packed).to_string()
+        let mut packed = Value::Object(packed);
+        drop_nulls(&mut packed);
+        packed.to_string()
     }
 
     /// Reads the full form.
@@ -310,6 +318,13 @@ impl LedgerRecord {
     }
 }
 
+/// Members that count up by one; the table is outside input, so their range is judged before they are used.
+const COUNTERS: [&str; 4] = ["epoch", "sequence", "batch", "last_batch_with_rows"];
+
+fn is_counter(value: Option<&Value>) -> bool {
+    value.and_then(Value::as_u64).is_some_and(|number| number < 1 << 53)
+}
+
 fn corrupt(place: &str, why: impl ToString) -> LedgerError {
     LedgerError::Corrupt { place: place.to_owned(), why: why.to_string() }
 }
@@ -320,7 +335,18 @@ fn parse_versioned(text: &str, place: &str) -> Result<Map<String, Value>, Ledger
     match object.get("format").and_then(Value::as_u64) {
         None => Err(corrupt(place, "no format version")),
         Some(found) if found > u64::from(FORMAT_VERSION) => Err(LedgerError::Newer { found }),
-        Some(_) => Ok(object),
+        Some(_) => match COUNTERS.iter().find(|name| !is_counter(object.get(**name))) {
+            None => Ok(object),
+            Some(name) => Err(corrupt(place, format!("{name} is no number below 2^53"))),
+        },
+    }
+}
+
+/// An absent member reads as none, so the packed form needs no nulls.
+fn drop_nulls(value: &mut Value) {
+    if let Value::Object(members) = value {
+        members.retain(|_, member| !member.is_null());
+        members.values_mut().for_each(drop_nulls);
     }
 }
 
@@ -412,7 +438,7 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
         (Ancestry::Record(older), Some(Ok(full))) if full.sequence > older.sequence => {
             Ok(Found::RolledBack { older: Some(older), newer: Box::new(full) })
         }
-        (Ancestry::Record(packed), Some(Ok(full))) if full.attempt == packed.attempt => {
+        (Ancestry::Record(packed), Some(Ok(full))) if is_full_form_of(&full, &packed) => {
             Ok(Found::Record(Box::new(full)))
         }
         (Ancestry::Record(packed), _) => Ok(Found::Record(packed)),
@@ -421,6 +447,24 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
         (Ancestry::Complete, Some(Ok(full))) => Ok(Found::RolledBack { older: None, newer: Box::new(full) }),
         (Ancestry::CutOff, Some(Ok(full))) => Ok(Found::CutOff(Box::new(full))),
     }
+}
+
+/// Whether a full record says the same as the packed one of the same commit. One that was edited by hand does not, and
+/// the ancestry wins. Both are read by this program, so a record of an older one compares as equal too.
+fn is_full_form_of(full: &LedgerRecord, packed: &LedgerRecord) -> bool {
+    let same = LedgerRecord::from_packed(&full.pack(), 0).is_ok_and(|again| again == *packed);
+    if !same && full.attempt == packed.attempt {
+        tracing::warn!(
+            "table property {PROPERTY} was changed by hand; the record of the snapshot is used instead"
+        );
+    }
+    same
+}
+
+/// Whether a commit of ours landed: it stands on the ancestry, or the ancestry was expired and the property names it.
+pub fn has_landed(metadata: &TableMetadata, attempt: Uuid) -> bool {
+    attempt_on_ancestry(metadata, attempt)
+        || matches!(inspect(metadata), Ok(Found::CutOff(record)) if record.attempt == attempt)
 }
 
 /// Whether a commit of ours stands on the ancestry of the current snapshot.
@@ -544,6 +588,8 @@ pub(crate) mod tests {
                 repeats: Repeats::AnyTime,
                 floor: Some(EventTimeMs(1_600_000_000_000)),
                 complete_since: None,
+                keys: 50,
+                digest: "0f".into(),
             },
             topics: BTreeMap::from([("sent".to_owned(), Some(TopicId(Uuid::from_u128(4))))]),
             lanes: BTreeMap::from([(LIVE_LANE.to_owned(), lane)]),
@@ -575,8 +621,24 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_property_that_was_edited_by_hand_is_not_the_full_form_of_its_commit() {
+        let record = record();
+        let packed = LedgerRecord::from_packed(&record.pack(), 1).unwrap();
+        assert!(is_full_form_of(&record, &packed));
+        let mut edited = record;
+        let cursors = edited.lanes.get_mut(LIVE_LANE).unwrap().topics.get_mut("sent").unwrap();
+        cursors.get_mut(&0).unwrap().end = NextOffset::at(150);
+        assert!(!is_full_form_of(&edited, &packed));
+    }
+
+    #[test]
     fn the_packed_form_keeps_to_its_size() {
         let mut record = record();
+        record.dedup.generation = Some("e0000000012-b0000003456-0199aaaa-bbbb-7ccc-8ddd-eeeeffff0000".into());
+        (record.dedup.checksum, record.dedup.key_spec_hash) = (Some("0".repeat(32)), "1".repeat(32));
+        (record.job_hash, record.dedup.digest) = ("2".repeat(32), "3".repeat(32));
+        (record.job_name, record.cluster_id) =
+            ("notifications".into(), Some("4L6g3nShT-eMCtK--X86sw".into()));
         let partitions = &mut record.lanes.get_mut(LIVE_LANE).unwrap().topics;
         let cursor = Cursor {
             start: NextOffset::at(0),
@@ -606,7 +668,8 @@ pub(crate) mod tests {
 
     #[test]
     fn a_broken_record_says_where_it_stands() {
-        for text in ["", "[]", "{}", r#"{"format":1}"#] {
+        let huge = record().to_property().replace("\"epoch\":3", "\"epoch\":18446744073709551615");
+        for text in ["", "[]", "{}", r#"{"format":1}"#, huge.as_str()] {
             let error = LedgerRecord::from_property(text).unwrap_err();
             assert!(
                 error.to_string().starts_with("ledger record in table property tidemill.ledger"),

@@ -4,7 +4,9 @@
 //!
 //! Invariants
 //! 1. A side table takes the files of n only if its mark says less than n; its mark then says n. So files land once.
-//! 2. A mark above main's batch means that main was rolled back; nothing is written.
+//! 2. A mark above main's batch, or at the same number with another generation, means that main was rolled back;
+//!    nothing is written.
+//! 3. A table is claimed by its first owner, with a mark and no files, before any letter: two jobs never share one.
 //!
 //! A crash between main n and side n leaves a mark below n: the next start brings it forward from main's record.
 
@@ -37,6 +39,15 @@ pub struct SideMark {
     pub epoch: u64,
     /// Last microbatch whose files the table has received.
     pub batch: u64,
+    /// Dedup generation of that microbatch: tells it from another one of the same number after a rollback.
+    pub generation: Option<String>,
+}
+
+impl SideMark {
+    /// Whether main, at this batch and generation, can be what the mark followed.
+    pub fn fits(&self, batch: u64, generation: Option<&str>) -> bool {
+        self.batch < batch || (self.batch == batch && self.generation.as_deref() == generation)
+    }
 }
 
 /// What became of a side table.
@@ -53,7 +64,7 @@ pub enum Followed {
 #[non_exhaustive]
 pub enum SideError {
     /// The table's mark is above main's batch: main was rolled back.
-    #[error("side table {table} is at batch {side}, main at {main}: main was rolled back")]
+    #[error("side table {table} is at batch {side}, main at another batch {main}: main was rolled back")]
     Ahead {
         /// The side table.
         table: String,
@@ -131,7 +142,7 @@ pub async fn bring_forward(
             let (found, expected) = (other.job_id, mark.job_id);
             return Err(SideError::OtherJob { table: name, found, expected });
         }
-        Some(ahead) if ahead.batch > mark.batch => {
+        Some(ahead) if !ahead.fits(mark.batch, mark.generation.as_deref()) => {
             return Err(SideError::Ahead { table: name, side: ahead.batch, main: mark.batch });
         }
         Some(same) if same.batch == mark.batch => return Ok(Followed::Already),

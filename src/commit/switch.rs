@@ -29,6 +29,8 @@ use iceberg::{Catalog, Error, ErrorKind, Namespace, NamespaceIdent, TableCommit,
 use uuid::Uuid;
 
 use super::ledger;
+use crate::catalog;
+use crate::stop::Reason;
 
 /// Requests for one switch before its outcome is reported as unknown or refused.
 pub const SENDS_MAX: u32 = 12;
@@ -120,6 +122,8 @@ pub enum SwitchError {
         table: String,
         /// Requests sent.
         sends: u32,
+        /// Whether every answer said that nothing was done, so that the commit can not land later.
+        definite: bool,
         /// The last answer.
         source: Box<Error>,
     },
@@ -139,7 +143,7 @@ pub enum SwitchError {
 /// [`SwitchError`]. After `Away { sent: true }` and `Refused` the commit may still land: delete nothing.
 pub async fn switch(switch: Switch<'_>, sending: &(dyn Fn() + Send + Sync)) -> Result<Landed, SwitchError> {
     let name = switch.table.to_string();
-    let mut sends = 0;
+    let (mut sends, mut definite) = (0, true);
     let mut table = reload(switch.catalog, &switch.table).await.map_err(|source| SwitchError::Away {
         table: name.clone(),
         sent: false,
@@ -158,6 +162,7 @@ pub async fn switch(switch: Switch<'_>, sending: &(dyn Fn() + Send + Sync)) -> R
             Err((error, sent)) => (Some(error), sent),
         };
         sends += u32::from(sent);
+        definite &= error.as_ref().is_some_and(is_definite);
         if let Some(error) = &error {
             tracing::warn!(table = %name, sends, sent, %error, "commit was not answered with a success, reading back");
         }
@@ -175,11 +180,16 @@ pub async fn switch(switch: Switch<'_>, sending: &(dyn Fn() + Send + Sync)) -> R
                 "the catalog reported success, and the table does not show the commit",
             )
         });
-        if sends >= SENDS_MAX || !sent {
-            return Err(SwitchError::Refused { table: name, sends, source: Box::new(error) });
+        if sends >= SENDS_MAX || !sent || definite {
+            return Err(SwitchError::Refused { table: name, sends, definite, source: Box::new(error) });
         }
         tokio::time::sleep(resend_pause(sends)).await;
     }
+}
+
+/// Whether an answer says that the request was refused and not done (R7): no principal, no permission, no such thing.
+fn is_definite(error: &Error) -> bool {
+    matches!(catalog::reason_of(error), Reason::NotAuthorized | Reason::Usage)
 }
 
 /// Landed, still to be sent (`None`), or an error that says why it must not be sent.
@@ -190,7 +200,7 @@ fn settled(switch: &Switch<'_>, table: &Table, sends: u32) -> Result<Option<Land
         let (expected, found) = (switch.table_uuid, metadata.uuid());
         return Err(SwitchError::Replaced { table: name(), expected, found });
     }
-    if ledger::attempt_on_ancestry(metadata, switch.attempt) {
+    if ledger::has_landed(metadata, switch.attempt) {
         return Ok(Some(Landed { table: table.clone(), sends }));
     }
     match (switch.guard)(metadata) {

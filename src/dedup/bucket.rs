@@ -20,11 +20,11 @@ pub const FLOOR_BUCKETS: i64 = 64;
 const ANY_TIME_BUCKETS: u128 = 8;
 /// Buckets of one window when only a key's own bucket is probed: narrow ones, whose filters stay in memory.
 const SAME_TIME_BUCKETS: u128 = 64;
-/// Widths are whole minutes.
-const WIDTH_STEP_MS: u128 = 60_000;
+/// Widths are whole hours: nothing expires yet, so a state must not run out of buckets in a few months.
+const WIDTH_STEP_MS: u128 = 3_600_000;
 
 /// Width of a bucket, in milliseconds: an eighth of the window with `any_time`, a 64th with `same_time`, rounded
-/// up to whole minutes.
+/// up to whole hours.
 pub fn bucket_width_ms(window: Duration, repeats: Repeats) -> i64 {
     let parts = match repeats {
         Repeats::AnyTime => ANY_TIME_BUCKETS,

@@ -324,6 +324,20 @@ pub fn list_generations(folder: &Path, job_id: Option<Uuid>) -> Result<Vec<Gener
     Ok(found)
 }
 
+/// Renames a damaged file to `<name>.damaged`, durably, so that the next [`Store::open`](super::Store::open) finds it
+/// missing and the state is rebuilt. Only files of this folder are taken.
+///
+/// # Errors
+/// [`StoreError::Io`] if the file can not be renamed.
+pub fn set_aside(folder: &Path, file: &str) -> Result<(), StoreError> {
+    let Some(name) = Path::new(file).file_name() else { return Ok(()) };
+    let mut damaged = name.to_owned();
+    damaged.push(".damaged");
+    std::fs::rename(folder.join(name), folder.join(damaged))
+        .map_err(|source| StoreError::io("set aside", file, source))?;
+    disk::sync_folder(folder)
+}
+
 /// What [`sweep`] removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SweepReport {

@@ -61,7 +61,9 @@ pub async fn read(loaded: &LoadedJob) -> Result<Option<History>, Stop> {
 pub async fn count_by(loaded: &LoadedJob, column: &str) -> Result<BTreeMap<String, u64>, Stop> {
     use arrow::array::AsArray;
     let Some(table) = load(loaded).await? else { return Ok(BTreeMap::new()) };
-    let failed = |error| stops::data(format!("table {} can not be read", table.identifier()), error);
+    let failed = |error: scan::ScanError| {
+        stops::data(format!("table {} can not be read", table.identifier()), error.reason(), error)
+    };
     let mut rows = scan::scan_keys(&table, None, &[column.to_owned()], None).await.map_err(failed)?;
     let mut counts = BTreeMap::new();
     while let Some(batch) = rows.try_next().await.map_err(failed)? {

@@ -15,15 +15,16 @@ use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, BooleanArray, RecordBatch};
 use arrow::compute::filter_record_batch;
+use iceberg::spec::DataFile;
 use uuid::Uuid;
 
 use super::report::{Event, Report};
-use super::session::Session;
+use super::session::{Session, total};
 use super::stops;
 use crate::commit::ledger::{BucketRecord, Cursor, Kind, LIVE_LANE, LedgerRecord, Tail};
 use crate::counts::Counts;
 use crate::decode::{Decoded, metadata};
-use crate::dedup::{BucketTally, GenerationName, Key, Verdict};
+use crate::dedup::{self, BucketTally, GenerationName, Key, StoreError, Verdict};
 use crate::event_time::EventTimeMs;
 use crate::job::BRAKE_RECORDS_MIN;
 use crate::lateness::TimeVerdict;
@@ -31,7 +32,8 @@ use crate::letter::{DeadLetter, ReasonCode};
 use crate::offset::{Place, TopicId};
 use crate::record::RecordChunk;
 use crate::sink::dead_letters::{self, LetterPlace};
-use crate::sink::writer::{self, TableWriter};
+use crate::sink::scan::ScanError;
+use crate::sink::writer::{self, TableWriter, WriteError};
 use crate::source::{ReadLimits, ReadStatus};
 use crate::stop::{Reason, Stop};
 
@@ -78,11 +80,25 @@ struct Cut {
 struct Open {
     cut: Cut,
     payload_bytes: u64,
+    /// When it closes whatever it holds; `None` before its first record.
+    due: Option<Instant>,
     main: TableWriter,
     dead: TableWriter,
     /// By reason: how often, and the first place.
     refused: BTreeMap<ReasonCode, (u64, Place, String)>,
     first_byte: bool,
+}
+
+impl Open {
+    fn is_due(&self) -> bool {
+        self.due.is_some_and(|due| Instant::now() >= due)
+    }
+}
+
+/// A microbatch whose files and state are durable: only the commit is missing.
+struct Built {
+    next: LedgerRecord,
+    files: Vec<DataFile>,
 }
 
 impl Session<'_> {
@@ -92,30 +108,45 @@ impl Session<'_> {
         consumed_before: u64,
         report: &mut dyn Report,
     ) -> Result<Landed, Stop> {
-        let mut open = self.begin().await?;
-        let closed = match self.fill(&mut open, consumed_before, report).await {
-            Ok(()) => self.close_batch(&open),
-            Err(stop) => Err(stop),
-        };
-        if let Err(stop) = closed {
-            self.store.abandon();
-            for writer in [open.main, open.dead] {
-                if let Err(error) = writer.abort().await {
-                    tracing::warn!(%error, "files of a dropped batch are left to an orphan clean-up");
-                }
+        let mut open = self.begin()?;
+        match self.build(&mut open, consumed_before, report).await {
+            Ok(built) => self.commit_batch(open.cut, built).await,
+            Err(stop) => {
+                self.drop_batch(open).await;
+                Err(stop)
             }
-            return Err(stop);
         }
-        self.commit_batch(open).await
     }
 
-    async fn begin(&mut self) -> Result<Open, Stop> {
+    /// Everything before the commit is sent: until then the batch can be dropped without a trace.
+    async fn build(
+        &mut self,
+        open: &mut Open,
+        consumed_before: u64,
+        report: &mut dyn Report,
+    ) -> Result<Built, Stop> {
+        self.fill(open, consumed_before, report).await?;
+        self.check(open)?;
+        self.prepare(open).await
+    }
+
+    /// Nothing was sent, so nothing can name these files.
+    async fn drop_batch(&mut self, open: Open) {
+        self.store.abandon();
+        for writer in [open.main, open.dead] {
+            if let Err(error) = writer.abort().await {
+                tracing::warn!(%error, "files of a dropped batch are left to an orphan clean-up");
+            }
+        }
+    }
+
+    fn begin(&mut self) -> Result<Open, Stop> {
         let attempt = Uuid::now_v7();
         let key = &self.owner.loaded.job.dedup.key;
         let (main_bytes, dead_bytes) = (self.memory.writer * 3 / 4, self.memory.writer / 4);
         let failed = |table: &str| {
             let what = format!("data files of table {table} can not be written");
-            move |error| stops::data(what, error)
+            move |error: WriteError| stops::data(what, error.reason(), error)
         };
         let main = TableWriter::new(&self.owner.main, attempt, main_bytes, key)
             .map_err(failed(&self.owner.main_ident.to_string()))?;
@@ -129,6 +160,7 @@ impl Session<'_> {
                 counts: Counts::default(),
             },
             payload_bytes: 0,
+            due: None,
             main,
             dead,
             refused: BTreeMap::new(),
@@ -143,12 +175,11 @@ impl Session<'_> {
         consumed_before: u64,
         report: &mut dyn Report,
     ) -> Result<(), Stop> {
-        let deadline = Instant::now() + self.owner.loaded.job.microbatch.open_time_max;
         let mut chunk = RecordChunk::default();
         self.options.phases.reach("read");
-        while let Some(limits) = self.next_chunk_limits(open, deadline) {
+        while let Some(limits) = self.next_chunk_limits(open) {
             chunk.clear();
-            self.read_chunk(&mut chunk, limits)?;
+            self.read_chunk(open, &mut chunk, limits)?;
             if !chunk.is_empty() {
                 open.payload_bytes += chunk.payload_bytes() as u64;
                 self.probe_batch(open, &chunk).await?;
@@ -163,33 +194,40 @@ impl Session<'_> {
     }
 
     /// Bounds of the next probe batch; `None` when the microbatch is to be closed.
-    fn next_chunk_limits(&self, open: &Open, deadline: Instant) -> Option<ReadLimits> {
+    fn next_chunk_limits(&self, open: &Open) -> Option<ReadLimits> {
         let limits = &self.owner.loaded.job.microbatch;
         let records_left = limits.records_max.saturating_sub(open.cut.counts.consumed);
         let bytes_left = limits.payload_bytes_max.saturating_sub(open.payload_bytes);
         let keys_full = self.store.pending_bytes() >= self.memory.pending_bytes_max();
-        let closed = records_left == 0
-            || bytes_left == 0
-            || keys_full
-            || self.exhausted()
-            || Instant::now() >= deadline;
+        let full = records_left == 0 || bytes_left == 0 || keys_full;
         let bounded = |left: u64, most: u64| usize::try_from(left.min(most)).unwrap_or(usize::MAX);
-        (!closed).then(|| ReadLimits {
+        (!full && !self.exhausted() && !open.is_due()).then(|| ReadLimits {
             records_max: bounded(records_left, self.memory.probe_records_max()),
             bytes_max: bounded(bytes_left, self.memory.probe_payload_bytes_max()),
-            deadline,
+            deadline: Instant::now(),
         })
     }
 
-    /// Reads until the chunk is at its bounds, in turns short enough that a signal is heard.
-    fn read_chunk(&mut self, chunk: &mut RecordChunk, limits: ReadLimits) -> Result<(), Stop> {
+    /// Reads until the chunk is at its bounds or the microbatch is due, in turns short enough that a signal is heard. A
+    /// microbatch's time begins with its first record.
+    fn read_chunk(
+        &mut self,
+        open: &mut Open,
+        chunk: &mut RecordChunk,
+        limits: ReadLimits,
+    ) -> Result<(), Stop> {
         loop {
             if self.options.interrupted() {
                 return Err(interrupted());
             }
-            let deadline = limits.deadline.min(Instant::now() + READ_TURN_MAX);
-            let status = self.reader.read(chunk, ReadLimits { deadline, ..limits }).map_err(stops::source)?;
-            if status != ReadStatus::DeadlinePassed || Instant::now() >= limits.deadline {
+            let turn_end = Instant::now() + READ_TURN_MAX;
+            let deadline = open.due.map_or(turn_end, |due| due.min(turn_end));
+            let status =
+                self.reader.read(chunk, ReadLimits { deadline, ..limits }).map_err(stops::reading)?;
+            if open.due.is_none() && !chunk.is_empty() {
+                open.due = Some(Instant::now() + self.owner.loaded.job.microbatch.open_time_max);
+            }
+            if status != ReadStatus::DeadlinePassed || open.is_due() {
                 return Ok(());
             }
         }
@@ -223,7 +261,7 @@ impl Session<'_> {
             let verdict = self.lateness.judge(place.slot, time, timestamp, open.cut.cut_time_ms);
             if let TimeVerdict::Ahead { limit } = verdict {
                 let text = format!(
-                    "event time {time} is ahead of {limit}, the latest that event_time.ahead_max believes of this record"
+                    "event time {time} is ahead of {limit}, the latest that event_time.max_ahead believes of this record"
                 );
                 letters.push(decoded.letter_for(chunk, row, ReasonCode::EventTimeAhead, &text));
             }
@@ -250,8 +288,7 @@ impl Session<'_> {
             .iter()
             .map(|&row| Key { fingerprint: fingerprints[row], event_time: decoded.event_times[row] })
             .collect();
-        let folder = super::survey::state_folder(&self.owner.loaded.job);
-        let verdicts = self.store.probe(&keys).map_err(|error| stops::state(&folder, error))?;
+        let verdicts = self.store.probe(&keys).map_err(|error| self.state_failed(error))?;
         let mut first_seen = vec![false; kept.len()];
         for (&row, verdict) in order.iter().zip(&verdicts) {
             first_seen[row] = *verdict == Verdict::New;
@@ -281,10 +318,9 @@ impl Session<'_> {
         let rows = with_metadata(&decoded.rows, metadata)?;
         let rows = filter_record_batch(&rows, first_seen).map_err(unexpected_arrow)?;
         let table = self.owner.main_ident.to_string();
-        open.main
-            .write(&rows)
-            .await
-            .map_err(|error| stops::data(format!("data files of table {table} can not be written"), error))
+        open.main.write(&rows).await.map_err(|error| {
+            stops::data(format!("data files of table {table} can not be written"), error.reason(), error)
+        })
     }
 
     /// Letters that do not stand in the dead-letter table yet, once per place.
@@ -298,8 +334,9 @@ impl Session<'_> {
             entry.0 += 1;
         }
         let table = self.owner.dead_ident.to_string();
-        let failed =
-            |error| stops::data(format!("dead letters of table {table} can not be looked up"), error);
+        let failed = |error: ScanError| {
+            stops::data(format!("dead letters of table {table} can not be looked up"), error.reason(), error)
+        };
         let slots = self.letter_slots();
         let places: Vec<LetterPlace> = letters.iter().map(|letter| LetterPlace::of(letter, &slots)).collect();
         let known = dead_letters::known_places(&self.owner.dead, &places).await.map_err(failed)?;
@@ -312,27 +349,30 @@ impl Session<'_> {
             return Ok(());
         }
         let rows = dead_letters::rows(&letters, &slots, open.cut.number).map_err(unexpected_arrow)?;
-        open.dead
-            .write(&rows)
-            .await
-            .map_err(|error| stops::data(format!("data files of table {table} can not be written"), error))
+        open.dead.write(&rows).await.map_err(|error| {
+            stops::data(format!("data files of table {table} can not be written"), error.reason(), error)
+        })
     }
 
-    /// Topic partitions as dead letters name them. A broker without topic ids gives the nil id.
+    /// Topic partitions as dead letters name them. Where the broker gives no topic id, one is derived from the name.
     fn letter_slots(&self) -> Vec<dead_letters::Slot> {
         let topics = &self.owner.record.topics;
         self.slots
             .iter()
             .map(|name| dead_letters::Slot {
                 topic: name.topic.clone(),
-                topic_id: topics.get(&name.topic).copied().flatten().unwrap_or(TopicId(Uuid::nil())),
+                topic_id: topics
+                    .get(&name.topic)
+                    .copied()
+                    .flatten()
+                    .unwrap_or_else(|| id_of_name(&name.topic)),
                 partition: name.partition,
             })
             .collect()
     }
 
     /// What must hold before anything is sent.
-    fn close_batch(&self, open: &Open) -> Result<(), Stop> {
+    fn check(&self, open: &Open) -> Result<(), Stop> {
         assert!(
             open.cut.counts.conserved(),
             "every consumed row has exactly one outcome: {:?}",
@@ -378,34 +418,51 @@ impl Session<'_> {
         )
     }
 
-    /// Steps 1 to 5 of the commit module, in this order.
-    async fn commit_batch(&mut self, open: Open) -> Result<Landed, Stop> {
-        let Open { cut, mut main, mut dead, .. } = open;
-        let phases = &self.options.phases;
+    /// Steps 1 and 2 of the commit module: data files of all tables, then the generation, each durable.
+    async fn prepare(&mut self, open: &mut Open) -> Result<Built, Stop> {
         let (main_table, dead_table) = (self.owner.main_ident.to_string(), self.owner.dead_ident.to_string());
         let unwritten = |table: &str| format!("data files of table {table} can not be closed");
-        let files = main.finish().await.map_err(|error| stops::data(unwritten(&main_table), error))?;
-        let dead_files = dead.finish().await.map_err(|error| stops::data(unwritten(&dead_table), error))?;
-        phases.reach("data_files_closed");
-        let folder = super::survey::state_folder(&self.owner.loaded.job);
-        let name = GenerationName::new(self.owner.record.epoch, cut.number, cut.attempt);
-        let generation = self.store.prepare(name).map_err(|error| stops::state(&folder, error))?;
-        phases.reach("state_prepared");
+        let of_main = |error: WriteError| stops::data(unwritten(&main_table), error.reason(), error);
+        let of_dead = |error: WriteError| stops::data(unwritten(&dead_table), error.reason(), error);
+        let files = open.main.finish().await.map_err(of_main)?;
+        let dead_files = open.dead.finish().await.map_err(of_dead)?;
+        self.options.phases.reach("data_files_closed");
+        let name = GenerationName::new(self.owner.record.epoch, open.cut.number, open.cut.attempt);
+        let generation = self.store.prepare(name).map_err(|error| self.state_failed(error))?;
+        self.options.phases.reach("state_prepared");
         let owed = (!dead_files.is_empty())
             .then(|| writer::files_to_json(&dead_files, &self.owner.dead))
             .transpose()
-            .map_err(|error| stops::data(unwritten(&dead_table), error))?;
-        let mut next = self.next_record(cut, owed);
+            .map_err(|error| stops::data(unwritten(&dead_table), error.reason(), error))?;
+        let mut next = self.next_record(open.cut, owed);
+        let total = total(self.store.buckets());
         next.dedup.generation = Some(generation.name.to_string());
         next.dedup.checksum = Some(generation.checksum);
         next.dedup.floor = self.store.floor();
+        (next.dedup.keys, next.dedup.digest) = (total.keys, total.digest.to_string());
         next.buckets = self.store.buckets().iter().map(bucket_record).collect();
-        let watermark = next.live().watermark;
-        let data_files = files.len();
+        Ok(Built { next, files })
+    }
+
+    /// A damaged file is set aside, so that the next start misses it and rebuilds the state, as its stop says.
+    fn state_failed(&self, error: StoreError) -> Stop {
+        let folder = super::survey::state_folder(&self.owner.loaded.job);
+        if let StoreError::Corrupt { file, .. } = &error {
+            if let Err(error) = dedup::set_aside(&folder, file) {
+                tracing::warn!(%error, file, "a damaged state file could not be set aside; delete it");
+            }
+        }
+        stops::state(&folder, error)
+    }
+
+    /// Steps 3 to 5 of the commit module: main, side tables, publish.
+    async fn commit_batch(&mut self, cut: Cut, built: Built) -> Result<Landed, Stop> {
+        let Built { next, files } = built;
+        let (watermark, data_files) = (next.live().watermark, files.len());
         let sends = self.owner.commit(next, files).await?;
         self.owner.forward_sides().await?;
         self.store.publish();
-        phases.reach("published");
+        self.options.phases.reach("published");
         self.sweep_once();
         self.tell_lag_tools();
         Ok(Landed {
@@ -461,6 +518,11 @@ impl Session<'_> {
         }
         next
     }
+}
+
+/// Stands for the id of a topic whose broker gives none.
+fn id_of_name(topic: &str) -> TopicId {
+    TopicId(Uuid::from_u128(xxhash_rust::xxh3::xxh3_128(topic.as_bytes())))
 }
 
 fn bucket_record(bucket: &BucketTally) -> BucketRecord {

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use iceberg::spec::{DataFile, TableMetadata};
 use iceberg::table::Table;
@@ -17,6 +18,7 @@ use super::start::{self, Allow, Facts, LeaseVerdict, Start};
 use super::stops::{self, Committing};
 use super::survey::{self, DEAD_LETTERS, Survey};
 use super::{RunOptions, plan_memory};
+use crate::catalog;
 use crate::commit::ledger::{
     self, Cursor, DedupRecord, FORMAT_VERSION, Found, Jump, Kind, LIVE_LANE, Lane, LedgerRecord, SideRecord,
 };
@@ -36,6 +38,8 @@ use crate::stop::{Reason, Stop};
 
 /// A lease outlives this many of the longest microbatches: each commit renews it.
 const LEASE_MICROBATCHES: u32 = 3;
+/// Shortest lease: a slow close of files or a rebuild must not look like a death.
+const LEASE_MIN: Duration = Duration::from_secs(10 * 60);
 
 /// What `rebase-offsets` and `accept-loss` do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +96,8 @@ fn blank_record(loaded: &LoadedJob, owner: Uuid, seed: u64, key_spec_hash: Strin
             repeats: job.dedup.repeats,
             floor: None,
             complete_since: None,
+            keys: 0,
+            digest: String::new(),
         },
         topics: BTreeMap::new(),
         lanes: BTreeMap::from([(LIVE_LANE.to_owned(), Lane::default())]),
@@ -158,20 +164,21 @@ pub(super) fn judge(
     let encoder = survey::key_encoder(&new_decoder(job)?.schema(), job, seed)?;
     let key_spec_hash = encoder.key_spec_hash(job.dedup.shards, &job.event_time.column, job.dedup.repeats);
     let topic_ids = survey.topic_ids();
-    let (side_uuids, offsets) = (survey.side_uuids(), survey.bounds());
+    let (side_uuids, mark) = (survey.side_uuids(), survey.dead_letter_mark()?);
     let facts = Facts {
         job_shown: &options.job_shown,
         job_name: &job.name,
         table: &survey.main_ident.to_string(),
         dead_letter_table: &survey.dead_ident.to_string(),
-        dead_letters_marked: survey.dead_letters_marked()?,
+        dead_letter_mark: mark.as_ref(),
+        state_dir: &job.state_dir.display().to_string(),
         found: &survey.found,
         table_rows: survey.table_rows(),
         side_uuids: &side_uuids,
         local_generations: survey::has_local_generations(job)?,
         cluster_id: survey.cluster.cluster_id.as_deref(),
         topic_ids: &topic_ids,
-        offsets: &offsets,
+        offsets: &survey.offsets,
         key_spec_hash: &key_spec_hash,
     };
     match start::judge(&facts, allow)? {
@@ -198,9 +205,9 @@ async fn await_lease(
         LeaseVerdict::Expired => {
             // A live owner whose clock is wrong still moves the head; give it a moment to show.
             tokio::time::sleep(std::time::Duration::from_secs(2)).await;
-            let again = switch::reload(&survey.catalog, &survey.main_ident)
-                .await
-                .map_err(|error| stops::data(format!("table {table} can not be read"), *error))?;
+            let again = switch::reload(&survey.catalog, &survey.main_ident).await.map_err(|error| {
+                stops::data(format!("table {table} can not be read"), catalog::reason_of(&error), *error)
+            })?;
             match ledger::inspect(again.metadata()) {
                 Ok(Found::Record(now) | Found::CutOff(now)) if now.attempt == record.attempt => Ok(()),
                 _ => Err(busy(record.lease_until_ms)),
@@ -215,9 +222,9 @@ async fn refuse_cut_off(survey: &Survey) -> Result<(), Stop> {
     if record.last_batch_with_rows == 0 {
         return Ok(());
     }
-    let present = scan::has_batch(table, record.last_batch_with_rows)
-        .await
-        .map_err(|error| stops::data(format!("table {} can not be scanned", survey.main_ident), error))?;
+    let present = scan::has_batch(table, record.last_batch_with_rows).await.map_err(|error| {
+        stops::data(format!("table {} can not be scanned", survey.main_ident), error.reason(), error)
+    })?;
     if present {
         return Ok(());
     }
@@ -269,6 +276,11 @@ async fn ensure_tables(survey: &mut Survey, job: &Job) -> Result<(Table, Table),
         Some(table) => table,
         None => schema::create_dead_letters(&*survey.catalog, job).await.map_err(stops::schema)?,
     };
+    // A rival may have made them in between, from another job.
+    let differs = schema::compare(&main, job).map_err(stops::schema)?;
+    survey::refuse_differences(&survey.main_ident, &differs, job)?;
+    let differs = schema::compare_dead_letters(&dead).map_err(stops::schema)?;
+    survey::refuse_differences(&survey.dead_ident, &differs, job)?;
     Ok((main, dead))
 }
 
@@ -322,9 +334,18 @@ impl<'a> Owner<'a> {
         owner.commit(LedgerRecord { epoch, released: false, ..fenced }, Vec::new()).await?;
         owner.options.phases.reach("fenced");
         owner.learn_topics(topic_ids);
-        owner.forward_sides().await?;
-        owner.add_columns(&survey.comparison.additions).await?;
+        if let Err(stop) = owner.settle(&survey.comparison.additions).await {
+            owner.release_after(&stop).await;
+            return Err(stop);
+        }
         Ok((owner, survey.connection, decoder))
+    }
+
+    /// What an owner sees to before it reads: side tables, new columns.
+    async fn settle(&mut self, additions: &[schema::Addition]) -> Result<(), Stop> {
+        self.forward_sides().await?;
+        self.claim_sides().await?;
+        self.add_columns(additions).await
     }
 
     /// Topics that joined the job since the last record, and ids that the broker now tells; stated by the next commit.
@@ -336,19 +357,20 @@ impl<'a> Owner<'a> {
     }
 
     pub(super) fn committing(&self) -> Committing<'a> {
-        Committing { epoch: self.record.epoch, owned: self.owned, job_shown: &self.options.job_shown }
+        let (epoch, kind) = (self.record.epoch, self.record.kind);
+        Committing { epoch, kind, owned: self.owned, job_shown: &self.options.job_shown }
     }
 
     /// Puts a record on the head that carries the last one, and makes it the last one. Fills in what every commit of
     /// this owner says: attempt, sequence, owner, lease. Gives the number of requests.
     pub(super) async fn commit(&mut self, next: LedgerRecord, files: Vec<DataFile>) -> Result<u32, Stop> {
-        let lease = self.loaded.job.microbatch.open_time_max * LEASE_MICROBATCHES;
         let next = LedgerRecord {
             format: FORMAT_VERSION,
             attempt: Uuid::now_v7(),
             sequence: self.record.sequence + 1,
             owner: self.id,
-            lease_until_ms: now_ms().saturating_add(i64::try_from(lease.as_millis()).unwrap_or(i64::MAX)),
+            lease_until_ms: now_ms()
+                .saturating_add(i64::try_from(self.lease().as_millis()).unwrap_or(i64::MAX)),
             ..next
         };
         let (expected, base) = (self.record.attempt, self.main.metadata().current_snapshot_id());
@@ -364,7 +386,7 @@ impl<'a> Owner<'a> {
             properties: BTreeMap::from([(ledger::PROPERTY.to_owned(), next.to_property())]),
             guard: &guard,
         };
-        let committing = Committing { epoch: next.epoch, ..self.committing() };
+        let committing = Committing { epoch: next.epoch, kind: next.kind, ..self.committing() };
         let phases = &self.options.phases;
         let landed = switch(request, &|| phases.reach("main_sent"))
             .await
@@ -374,6 +396,44 @@ impl<'a> Owner<'a> {
         self.record = next;
         self.owned = true;
         Ok(landed.sends)
+    }
+
+    /// How long this owner may be silent before others call it dead.
+    pub(super) fn lease(&self) -> Duration {
+        (self.loaded.job.microbatch.open_time_max * LEASE_MICROBATCHES).max(LEASE_MIN)
+    }
+
+    /// Renews the lease with a copy of the record, same epoch, for work that takes long between two commits.
+    pub(super) async fn renew(&mut self) -> Result<(), Stop> {
+        let renewed = LedgerRecord { kind: Kind::Fence, jumps: Vec::new(), ..self.record.clone() };
+        self.commit(renewed, Vec::new()).await.map(|_| ())
+    }
+
+    /// The mark of the dead-letter table when it follows the last record.
+    fn mark(&self, role: &str) -> SideMark {
+        SideMark {
+            format: side::FORMAT_VERSION,
+            job_id: self.record.job_id,
+            role: role.to_owned(),
+            epoch: self.record.epoch,
+            batch: self.record.batch,
+            generation: self.record.dedup.generation.clone(),
+        }
+    }
+
+    /// Marks a dead-letter table that follows nobody yet, so that no other job takes it.
+    async fn claim_sides(&mut self) -> Result<(), Stop> {
+        let mark =
+            side::inspect(self.dead.metadata()).map_err(|error| stops::ledger(&self.dead_ident, error))?;
+        if mark.is_some() {
+            return Ok(());
+        }
+        let uuid = self.dead.metadata().uuid();
+        side::bring_forward(&self.catalog, &self.dead_ident, uuid, &self.mark(DEAD_LETTERS), Vec::new())
+            .await
+            .map_err(|error| stops::side(error, self.committing()))?;
+        self.dead = self.reload(&self.dead_ident).await?;
+        Ok(())
     }
 
     /// Gives each side table the files that the last record owes it.
@@ -397,13 +457,7 @@ impl<'a> Owner<'a> {
     }
 
     async fn forward_side(&self, role: &str, side: &SideRecord) -> Result<(), Stop> {
-        let mark = SideMark {
-            format: side::FORMAT_VERSION,
-            job_id: self.record.job_id,
-            role: role.to_owned(),
-            epoch: self.record.epoch,
-            batch: self.record.batch,
-        };
+        let mark = self.mark(role);
         let lost = |what: String| {
             Stop::new(
                 Reason::SideFilesLost,
@@ -427,7 +481,11 @@ impl<'a> Owner<'a> {
                 .because(error)
         })?;
         let missing = writer::files_exist(&dead, &files).await.map_err(|error| {
-            stops::data(format!("files of side table {} can not be looked up", side.table), error)
+            stops::data(
+                format!("files of side table {} can not be looked up", side.table),
+                error.reason(),
+                error,
+            )
         })?;
         if let Some(first) = missing.first() {
             let (count, path) = (missing.len(), &first.path);
@@ -460,9 +518,9 @@ impl<'a> Owner<'a> {
     }
 
     async fn reload(&self, table: &TableIdent) -> Result<Table, Stop> {
-        switch::reload(&self.catalog, table)
-            .await
-            .map_err(|error| stops::data(format!("table {table} can not be read"), *error))
+        switch::reload(&self.catalog, table).await.map_err(|error| {
+            stops::data(format!("table {table} can not be read"), catalog::reason_of(&error), *error)
+        })
     }
 
     /// Gives the table back. A record that is released already costs nothing.
@@ -637,7 +695,16 @@ pub async fn move_offsets(
 fn differing_tails(prepared: &Prepared<'_>, record: &LedgerRecord) -> Result<BTreeSet<TopicPartition>, Stop> {
     let starts = prepared.survey.starts(&prepared.loaded.job, Some(record))?;
     let mut plans = prepared.read_plans(&starts);
-    plans.retain(|plan| plan.tail.is_some() && plan.start >= plan.low);
+    let survey = &prepared.survey;
+    if record.cluster_id != survey.cluster.cluster_id {
+        return Ok(BTreeSet::new());
+    }
+    // Topic partitions that move for another reason need no look, and a shorter log has no record to compare.
+    plans.retain(|plan| {
+        let name = &plan.topic_partition;
+        let same_topic = record.topics.get(&name.topic).copied().flatten() == survey.topic_id(&name.topic);
+        plan.tail.is_some() && plan.start >= plan.low && plan.start <= survey.offsets[name].end && same_topic
+    });
     for plan in &mut plans {
         plan.end = plan.start;
     }

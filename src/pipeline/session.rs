@@ -1,6 +1,6 @@
 //! An owner with its reader, decoder and dedup state: ready to take microbatches.
 
-use std::collections::BTreeMap;
+use std::time::Instant;
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
@@ -15,7 +15,7 @@ use crate::commit::ledger::{self, LedgerRecord};
 use crate::counts::Counts;
 use crate::decode::Decoder;
 use crate::dedup::{
-    self, BucketTally, Builder, GenerationName, GenerationRef, Key, Store, StoreError, StoreSpec,
+    self, BucketTally, Builder, GenerationName, GenerationRef, Key, Store, StoreError, StoreSpec, Tally,
 };
 use crate::event_time::EventTimeMs;
 use crate::fingerprint::KeyEncoder;
@@ -24,7 +24,7 @@ use crate::job::file::LoadedJob;
 use crate::lateness::Lateness;
 use crate::memory::MemoryPlan;
 use crate::offset::{NextOffset, TopicPartition};
-use crate::sink::scan;
+use crate::sink::scan::{self, ScanError};
 use crate::source::{Connection, Reader, ReaderOptions, STALL_AFTER_DEFAULT};
 use crate::stop::{Reason, Stop};
 
@@ -91,7 +91,7 @@ impl<'a> Session<'a> {
             memory: memory.to_string(),
         });
         let encoder = survey::key_encoder(&decoder.schema(), &loaded.job, owner.record.dedup.seed)?;
-        let store = match open_state(&owner, &encoder, &memory, report).await {
+        let store = match open_state(&mut owner, &encoder, &memory, report).await {
             Ok(store) => store,
             Err(stop) => {
                 owner.release_after(&stop).await;
@@ -238,7 +238,7 @@ fn reference(name: &str, checksum: String) -> Option<GenerationRef> {
 
 /// Opens the generation that the ledger names, or rebuilds it from the table if it is gone or damaged.
 async fn open_state(
-    owner: &Owner<'_>,
+    owner: &mut Owner<'_>,
     encoder: &KeyEncoder,
     memory: &MemoryPlan,
     report: &mut dyn Report,
@@ -267,23 +267,27 @@ struct Rebuilt {
 }
 
 /// Reads the keys of all rows of our batches and writes a generation of them; compares it with what the ledger counts.
-async fn rebuild(owner: &Owner<'_>, encoder: &KeyEncoder, memory: &MemoryPlan) -> Result<Rebuilt, Stop> {
+async fn rebuild(owner: &mut Owner<'_>, encoder: &KeyEncoder, memory: &MemoryPlan) -> Result<Rebuilt, Stop> {
     let job = &owner.loaded.job;
     let folder = state_folder(job);
-    let record = &owner.record;
+    let record = owner.record.clone();
+    let table = owner.main_ident.to_string();
     let of_state = |error| stops::state(&folder, error);
-    let of_scan = |error| stops::data(format!("keys of table {} can not be read", owner.main_ident), error);
+    let of_scan = |error: ScanError| {
+        stops::data(format!("keys of table {table} can not be read"), error.reason(), error)
+    };
     let mut builder =
-        Builder::create(&folder, store_spec(record), memory.dedup_lookup_bytes(), record.dedup.floor)
+        Builder::create(&folder, store_spec(&record), memory.dedup_lookup_bytes(), record.dedup.floor)
             .map_err(of_state)?;
     let mut columns = job.dedup.key.clone();
     if !columns.contains(&job.event_time.column) {
         columns.push(job.event_time.column.clone());
     }
+    let mut renewed = Instant::now();
     let mut scan = scan::scan_keys(&owner.main, None, &columns, Some(record.batch)).await.map_err(of_scan)?;
     while let Some(batch) = scan.try_next().await.map_err(of_scan)? {
         let fingerprints = encoder.encode(&batch).map_err(|error| {
-            stops::data(format!("table {} has a row without key", owner.main_ident), error)
+            stops::data(format!("table {table} has a row without key"), Reason::MissingKeys, error)
         })?;
         let times = event_times(&batch, &job.event_time.column)?;
         let keys: Vec<Key> = fingerprints
@@ -292,11 +296,15 @@ async fn rebuild(owner: &Owner<'_>, encoder: &KeyEncoder, memory: &MemoryPlan) -
             .map(|(fingerprint, event_time)| Key { fingerprint, event_time })
             .collect();
         builder.add(&keys).map_err(of_state)?;
+        if renewed.elapsed() > owner.lease() / 3 {
+            owner.renew().await?;
+            renewed = Instant::now();
+        }
     }
     let attempt = uuid::Uuid::now_v7();
     let (generation, rebuilt) =
         builder.finish(GenerationName::new(record.epoch, record.batch, attempt)).map_err(of_state)?;
-    compare_with_ledger(owner, &rebuilt.buckets)?;
+    compare_with_ledger(&record, &table, &rebuilt.buckets)?;
     Ok(Rebuilt { generation, keys: rebuilt.keys })
 }
 
@@ -308,47 +316,58 @@ fn event_times(rows: &RecordBatch, column: &str) -> Result<Vec<EventTimeMs>, Sto
         Stop::new(
             Reason::MissingKeys,
             format!("a row of ours has no event time in column {column}"),
-            "nothing was written; rows were changed by others: put the event times back, or bring back the state folder",
+            "no event was written; rows were changed by others: put the event times back, or bring back the state folder, \
+             then:\n  tidemill run JOB",
         )
     })?;
     Ok(times.values().iter().map(|&micros| EventTimeMs::from_micros(micros)).collect())
 }
 
-/// The ledger counts keys by bucket. Fewer in the table than that means that rows were deleted by others; more are
-/// rows of others, which are no harm.
-fn compare_with_ledger(owner: &Owner<'_>, rebuilt: &[BucketTally]) -> Result<(), Stop> {
-    let found: BTreeMap<i64, &BucketTally> = rebuilt.iter().map(|bucket| (bucket.from.0, bucket)).collect();
+/// The ledger counts keys by bucket, or, where only its packed form was left, in all. Fewer in the table than that means
+/// that rows were deleted by others; more are rows of others, which are no harm.
+fn compare_with_ledger(record: &LedgerRecord, table: &str, rebuilt: &[BucketTally]) -> Result<(), Stop> {
     let mut missing = Vec::new();
-    for known in &owner.record.buckets {
-        let now = found.get(&known.from).map_or(0, |bucket| bucket.keys);
-        if now < known.count {
-            let day = EventTimeMs(known.from);
-            missing.push(format!("{} of {} keys of the bucket from {day}", known.count - now, known.count));
-        } else if now == known.count
-            && found.get(&known.from).is_some_and(|bucket| bucket.digest.to_string() != known.digest)
-        {
-            missing
-                .push(format!("other keys than the ledger's in the bucket from {}", EventTimeMs(known.from)));
-        } else if now > known.count {
-            tracing::warn!(
-                bucket = known.from,
-                now,
-                ledger = known.count,
-                "the table holds rows of others in this bucket"
-            );
+    let mut compare = |what: String, (known, digest): (u64, &str), found: (u64, String)| {
+        if found.0 < known {
+            missing.push(format!("{} of {known} keys {what}", known - found.0));
+        } else if found.0 == known && found.1 != digest {
+            missing.push(format!("other keys than the ledger's {what}"));
+        } else if found.0 > known {
+            tracing::warn!(found = found.0, ledger = known, "the table holds rows of others {what}");
         }
+    };
+    if record.buckets.is_empty() {
+        let all = total(rebuilt);
+        compare(
+            "in all".to_owned(),
+            (record.dedup.keys, &record.dedup.digest),
+            (all.keys, all.digest.to_string()),
+        );
+    }
+    for known in &record.buckets {
+        let found = rebuilt.iter().find(|bucket| bucket.from.0 == known.from);
+        let found = found.map_or((0, String::new()), |bucket| (bucket.keys, bucket.digest.to_string()));
+        compare(
+            format!("of the bucket from {}", EventTimeMs(known.from)),
+            (known.count, &known.digest),
+            found,
+        );
     }
     if missing.is_empty() {
         return Ok(());
     }
     Err(Stop::new(
         Reason::MissingKeys,
-        format!(
-            "the dedup state was lost, and table {} lacks rows that it had: {}",
-            owner.main_ident,
-            missing.join(", ")
-        ),
-        "nothing was written; rows were deleted by others, and their events would be written again; put the rows back, or \
-         bring back the state folder; accepting the loss (on_missing_keys = \"accept\") is not built yet",
+        format!("the dedup state was lost, and table {table} lacks rows that it had: {}", missing.join(", ")),
+        "no event was written; rows were deleted by others, and their events would be written again; put the rows back, or \
+         bring back the state folder, then:\n  tidemill run JOB\naccepting the loss (on_missing_keys = \"accept\") is not \
+         built yet",
     ))
+}
+
+/// Keys of all buckets together.
+pub(super) fn total(buckets: &[BucketTally]) -> Tally {
+    let mut total = Tally::default();
+    buckets.iter().for_each(|bucket| total.add_all(bucket.tally()));
+    total
 }

@@ -8,8 +8,10 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use crate::commit::ledger::{Found, LedgerRecord};
+use crate::commit::side::SideMark;
 use crate::event_time::EventTimeMs;
-use crate::offset::{NextOffset, TopicId, TopicPartition};
+use crate::offset::{TopicId, TopicPartition};
+use crate::source::{Loss, LostRange, OffsetRange, check_ranges};
 use crate::stop::{Reason, Stop};
 
 /// After the end of a lease this much passes before another machine may call it expired: clocks differ.
@@ -26,8 +28,10 @@ pub struct Facts<'a> {
     pub table: &'a str,
     /// Dead-letter table's name.
     pub dead_letter_table: &'a str,
-    /// Whether the dead-letter table carries the mark of a job.
-    pub dead_letters_marked: bool,
+    /// What the dead-letter table says that it follows.
+    pub dead_letter_mark: Option<&'a SideMark>,
+    /// Folder of state, for commands in messages.
+    pub state_dir: &'a str,
     /// The ledger.
     pub found: &'a Found,
     /// Rows in the main table's current snapshot.
@@ -40,8 +44,8 @@ pub struct Facts<'a> {
     pub cluster_id: Option<&'a str>,
     /// Topic ids as the broker says, for every topic of the job.
     pub topic_ids: &'a BTreeMap<String, Option<TopicId>>,
-    /// Offsets that the broker holds, `[low, end)`, for every topic partition of the job.
-    pub offsets: &'a BTreeMap<TopicPartition, (NextOffset, NextOffset)>,
+    /// What the broker holds of every topic partition of the job.
+    pub offsets: &'a BTreeMap<TopicPartition, OffsetRange>,
     /// What a key means now.
     pub key_spec_hash: &'a str,
 }
@@ -78,6 +82,7 @@ pub fn judge(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> {
     };
     same_job(facts, record)?;
     same_side_tables(facts, record)?;
+    dead_letters_follow(facts, record)?;
     if !allow.rebase {
         same_cluster(facts, record)?;
         same_topics(facts, record)?;
@@ -98,9 +103,9 @@ fn judge_without_ledger(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> 
                 facts.table, facts.job_name
             ),
             format!(
-                "nothing was read or written; if the table was dropped on purpose, begin anew with:\n  \
+                "nothing was read or written; if the table was dropped on purpose, drop {} too, and begin anew with:\n  \
                  tidemill state discard {}",
-                facts.job_shown
+                facts.dead_letter_table, facts.job_shown
             ),
         ));
     }
@@ -115,7 +120,7 @@ fn judge_without_ledger(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> 
             ),
         ));
     }
-    if facts.dead_letters_marked {
+    if facts.dead_letter_mark.is_some() {
         return Err(Stop::new(
             Reason::OtherJob,
             format!(
@@ -205,6 +210,36 @@ fn same_side_tables(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop
     Ok(())
 }
 
+/// The dead-letter table follows this job, and is not ahead of main.
+fn dead_letters_follow(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
+    let Some(mark) = facts.dead_letter_mark else { return Ok(()) };
+    if mark.job_id != record.job_id {
+        return Err(Stop::new(
+            Reason::OtherJob,
+            format!("dead-letter table {} follows another job, {}", facts.dead_letter_table, mark.job_id),
+            format!(
+                "nothing was read or written; put this job's own dead-letter table back under that name, then:\n  \
+                 tidemill run {}",
+                facts.job_shown
+            ),
+        ));
+    }
+    if mark.fits(record.batch, record.dedup.generation.as_deref()) {
+        return Ok(());
+    }
+    Err(Stop::new(
+        Reason::TableRolledBack,
+        format!(
+            "dead-letter table {} followed another batch {} than table {}, which is at batch {}: one of them was rolled back",
+            facts.dead_letter_table, mark.batch, facts.table, record.batch
+        ),
+        format!(
+            "nothing was read or written; roll both tables to the same batch with your engine, then:\n  tidemill run {}",
+            facts.job_shown
+        ),
+    ))
+}
+
 fn same_cluster(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
     let (Some(known), Some(found)) = (record.cluster_id.as_deref(), facts.cluster_id) else { return Ok(()) };
     if known == found {
@@ -243,26 +278,27 @@ pub fn rebase_way_out(facts: &Facts<'_>) -> String {
 }
 
 fn offsets_in_range(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
-    let mut lost = Vec::new();
-    let mut past_end = Vec::new();
-    for (topic_partition, &(low, end)) in facts.offsets {
-        let Some(cursor) = record.cursor(&topic_partition.topic, topic_partition.partition) else { continue };
-        if cursor.end < low {
-            lost.push(format!("{topic_partition} offsets [{}, {low})", cursor.end));
-        } else if cursor.end > end {
-            past_end.push(format!("{topic_partition} next offset {} past the log's end {end}", cursor.end));
-        }
-    }
-    if !past_end.is_empty() {
-        let what = format!("the log is shorter than what was read of it: {}", past_end.join(", "));
+    let lane = record.live().topics.iter().filter(|(topic, _)| facts.topic_ids.contains_key(*topic));
+    let next_offsets = lane
+        .flat_map(|(topic, partitions)| {
+            partitions
+                .iter()
+                .map(move |(partition, cursor)| (TopicPartition::new(topic, *partition), cursor.end))
+        })
+        .collect();
+    let (removed, cut_off): (Vec<_>, Vec<_>) =
+        check_ranges(&next_offsets, facts.offsets).into_iter().partition(|range| range.loss == Loss::Removed);
+    let joined = |ranges: &[LostRange]| ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    if !cut_off.is_empty() {
+        let what = format!("the log is shorter than what was read of it: {}", joined(&cut_off));
         return Err(Stop::new(Reason::TopicChanged, what, rebase_way_out(facts)));
     }
-    if lost.is_empty() {
+    if removed.is_empty() {
         return Ok(());
     }
     Err(Stop::new(
         Reason::OffsetsLost,
-        format!("the broker no longer holds: {}", lost.join(", ")),
+        format!("the broker no longer holds what was to be read: {}", joined(&removed)),
         format!(
             "nothing was read or written; the events of these ranges can not be had from this broker any more; to go on \
              without them, with the ranges written into the ledger:\n  tidemill accept-loss {}",
@@ -284,9 +320,9 @@ fn same_key(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
         ),
         format!(
             "nothing was read or written; set these fields back as they were, or write to a new table:\n  \
-             tidemill run {} --set sink.iceberg.table={}_2 --set sink.iceberg.dead_letters.table={}_2\n\
-             rebuilding the state under a new key (state rekey) is not built yet",
-            facts.job_shown, facts.table, facts.dead_letter_table
+             tidemill run {} --set sink.iceberg.table={}_2 --set sink.iceberg.dead_letters.table={}_2 --set \
+             state_dir={}_2\nrebuilding the state under a new key (state rekey) is not built yet",
+            facts.job_shown, facts.table, facts.dead_letter_table, facts.state_dir
         ),
     ))
 }
@@ -339,28 +375,32 @@ mod tests {
     use super::*;
     use crate::commit::ledger::SideRecord;
     use crate::commit::ledger::tests::record;
+    use crate::offset::NextOffset;
+
+    fn held(low: i64, end: i64) -> OffsetRange {
+        OffsetRange { low: NextOffset::at(low), end: NextOffset::at(end) }
+    }
 
     struct Case {
         found: Found,
         rows: u64,
         sides: BTreeMap<String, Uuid>,
-        marked: bool,
+        mark: Option<SideMark>,
         local: bool,
         cluster: Option<&'static str>,
         topics: BTreeMap<String, Option<TopicId>>,
-        offsets: BTreeMap<TopicPartition, (NextOffset, NextOffset)>,
+        offsets: BTreeMap<TopicPartition, OffsetRange>,
     }
 
     fn case(found: Found) -> Case {
         let known = record();
-        let offsets =
-            BTreeMap::from([(TopicPartition::new("sent", 0), (NextOffset::at(0), NextOffset::at(1_000)))]);
+        let offsets = BTreeMap::from([(TopicPartition::new("sent", 0), held(0, 1_000))]);
         let sides = known.sides.iter().map(|(role, side)| (role.clone(), side.uuid)).collect();
         Case {
             found,
             rows: 0,
             sides,
-            marked: false,
+            mark: None,
             local: false,
             cluster: Some("c1"),
             topics: known.topics,
@@ -378,7 +418,8 @@ mod tests {
             job_name: "n",
             table: "events.n",
             dead_letter_table: "events.n_dead_letters",
-            dead_letters_marked: case.marked,
+            dead_letter_mark: case.mark.as_ref(),
+            state_dir: "state",
             found: &case.found,
             table_rows: case.rows,
             side_uuids: &case.sides,
@@ -426,10 +467,31 @@ mod tests {
         assert!(stops_with(&case).1.contains("tidemill state discard jobs/n.toml"));
     }
 
+    fn mark(job_id: Uuid, batch: u64, generation: Option<&str>) -> SideMark {
+        let generation = generation.map(str::to_owned);
+        SideMark { format: 1, job_id, role: "dead_letters".into(), epoch: 1, batch, generation }
+    }
+
+    #[test]
+    fn a_dead_letter_table_of_another_job_or_ahead_of_main_stops() {
+        let job_id = record().job_id;
+        let mut case = resumed();
+        for (found, reason) in [
+            (mark(job_id, 4, Some("g")), None),
+            (mark(job_id, 3, Some("any")), None),
+            (mark(job_id, 5, Some("h")), Some(Reason::TableRolledBack)),
+            (mark(job_id, 4, Some("h")), Some(Reason::TableRolledBack)),
+            (mark(Uuid::from_u128(77), 1, None), Some(Reason::OtherJob)),
+        ] {
+            case.mark = Some(found);
+            assert_eq!(judged(&case, Allow::default()).err().map(|stop| stop.reason), reason);
+        }
+    }
+
     #[test]
     fn a_first_run_does_not_take_the_dead_letter_table_of_another_job() {
         let mut case = case(Found::Nothing);
-        case.marked = true;
+        case.mark = Some(mark(Uuid::from_u128(8), 1, None));
         let (reason, way_out) = stops_with(&case);
         assert_eq!(reason, Reason::OtherJob);
         assert!(way_out.contains("--set sink.iceberg.dead_letters.table=events.n_dead_letters_2"));
@@ -492,17 +554,17 @@ mod tests {
     #[test]
     fn offsets_below_the_log_stop_with_the_exact_range() {
         let mut case = resumed();
-        case.offsets.insert(TopicPartition::new("sent", 0), (NextOffset::at(150), NextOffset::at(1_000)));
+        case.offsets.insert(TopicPartition::new("sent", 0), held(150, 1_000));
         let stop = judged(&case, Allow::default()).unwrap_err();
         assert_eq!(stop.reason, Reason::OffsetsLost);
-        assert!(stop.what.contains("sent[0] offsets [100, 150)"), "{}", stop.what);
+        assert!(stop.what.contains("sent[0] [100, 150)"), "{}", stop.what);
         assert!(judged(&case, Allow { loss: true, ..Allow::default() }).is_ok());
     }
 
     #[test]
     fn offsets_past_the_end_of_the_log_are_a_changed_topic() {
         let mut case = resumed();
-        case.offsets.insert(TopicPartition::new("sent", 0), (NextOffset::at(0), NextOffset::at(99)));
+        case.offsets.insert(TopicPartition::new("sent", 0), held(0, 99));
         assert_eq!(stops_with(&case).0, Reason::TopicChanged);
     }
 
@@ -529,7 +591,7 @@ mod tests {
     #[test]
     fn a_topic_partition_that_the_ledger_does_not_know_is_no_loss() {
         let mut case = resumed();
-        case.offsets.insert(TopicPartition::new("sent", 7), (NextOffset::at(50), NextOffset::at(60)));
+        case.offsets.insert(TopicPartition::new("sent", 7), held(50, 60));
         assert!(judged(&case, Allow::default()).is_ok());
     }
 }

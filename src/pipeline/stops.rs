@@ -4,8 +4,8 @@ use std::path::Path;
 
 use iceberg::TableIdent;
 
-use crate::catalog::CatalogError;
-use crate::commit::ledger::LedgerError;
+use crate::catalog::{CatalogError, reason_of};
+use crate::commit::ledger::{Kind, LedgerError};
 use crate::commit::lock::LockError;
 use crate::commit::side::SideError;
 use crate::commit::switch::SwitchError;
@@ -45,6 +45,22 @@ pub fn source(error: SourceError) -> Stop {
         _ => format!("please report this; {RUN_AGAIN}"),
     };
     Stop::new(error.reason(), error.to_string(), way_out)
+}
+
+/// Kafka, in the middle of a batch.
+pub fn reading(error: SourceError) -> Stop {
+    let damaged = matches!(error, SourceError::Damaged { .. });
+    let stop = source(error);
+    let dropped = "the open batch was dropped, everything before it is committed";
+    let way_out = match damaged {
+        true => format!(
+            "{dropped}; repair or delete the damaged records on the broker, then:\n  tidemill run JOB"
+        ),
+        false => ["nothing was read or written", "nothing was written", "everything before is committed"]
+            .iter()
+            .fold(stop.way_out, |text, untrue| text.replace(untrue, dropped)),
+    };
+    Stop { way_out, ..stop }
 }
 
 /// Catalog and warehouse.
@@ -114,9 +130,18 @@ fn disk(error: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 /// A data file that can not be written or a scan that fails.
-pub fn data(what: impl Into<String>, error: impl std::error::Error + Send + Sync + 'static) -> Stop {
-    let reason = if disk(&error) { Reason::StorageFailed } else { Reason::CatalogAway };
+pub fn data(
+    what: impl Into<String>,
+    reason: Reason,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> Stop {
+    let reason = if disk(&error) { Reason::StorageFailed } else { reason };
     let way_out = match reason {
+        Reason::Usage => "mend the table's properties or the job file, then:\n  tidemill plan JOB".to_owned(),
+        Reason::NotAuthorized => {
+            "mend the credentials of the warehouse, or what they may do, then:\n  tidemill run JOB".to_owned()
+        }
+        Reason::Unexpected => format!("please report this; {RUN_AGAIN}"),
         Reason::StorageFailed => format!("free space in the warehouse; {RUN_AGAIN}"),
         _ => format!("check that the warehouse is reachable; {RUN_AGAIN}"),
     };
@@ -161,8 +186,10 @@ pub fn state(folder: &Path, error: StoreError) -> Stop {
         (Reason::FormatTooNew, "nothing was read or written; run the newer tidemill that wrote it".to_owned())
     } else if disk(&error) {
         (Reason::StorageFailed, format!("free space in the state folder; {RUN_AGAIN}"))
+    } else if error.is_rebuildable() {
+        (Reason::StorageFailed, format!("the state is rebuilt from the table by the next run; {RUN_AGAIN}"))
     } else {
-        (Reason::StorageFailed, format!("a damaged state is rebuilt from the table; {RUN_AGAIN}"))
+        (Reason::Unexpected, format!("please report this; {RUN_AGAIN}"))
     };
     Stop::new(reason, format!("dedup state in {} failed", folder.display()), way_out).because(chain(&error))
 }
@@ -174,8 +201,20 @@ pub struct Committing<'a> {
     pub epoch: u64,
     /// Whether this process has had a commit land: a lost race before that is BUSY, after it FENCED (R9).
     pub owned: bool,
+    /// What the commit was to do.
+    pub kind: Kind,
     /// The job file, for commands.
     pub job_shown: &'a str,
+}
+
+impl Committing<'_> {
+    /// What is visible of a commit that did not land.
+    fn unseen(&self) -> &'static str {
+        match self.kind {
+            Kind::Data => "nothing of this batch is visible, every one before it is committed",
+            _ => "every batch before is committed, no batch was open",
+        }
+    }
 }
 
 /// A main commit that did not land.
@@ -185,7 +224,7 @@ pub fn switch(error: SwitchError, committing: Committing<'_>) -> Stop {
         error @ SwitchError::Replaced { .. } => Stop::new(
             Reason::TableReplaced,
             error.to_string(),
-            "nothing of this batch is visible; put the table back under its name, then:\n  tidemill run JOB",
+            format!("{}; put the table back under its name, then:\n  tidemill run JOB", committing.unseen()),
         ),
         error @ SwitchError::FilesGone { .. } => Stop::new(
             Reason::StorageFailed,
@@ -197,10 +236,14 @@ pub fn switch(error: SwitchError, committing: Committing<'_>) -> Stop {
             error.to_string(),
             format!("mend this machine's clock; {RUN_AGAIN}"),
         ),
+        SwitchError::Refused { definite: true, ref source, .. } => {
+            let way_out = format!("{}; mend what the catalog refuses; {RUN_AGAIN}", committing.unseen());
+            Stop { reason: reason_of(source), what: error.to_string(), way_out, source: below(error) }
+        }
         SwitchError::Away { sent: false, .. } | SwitchError::Refused { sends: 0, .. } => {
             let full = disk(&error);
             let reason = if full { Reason::StorageFailed } else { Reason::CatalogAway };
-            let way_out = format!("nothing of this batch was sent; {RUN_AGAIN}");
+            let way_out = format!("{}; {RUN_AGAIN}", committing.unseen());
             Stop { reason, what: error.to_string(), way_out, source: below(error) }
         }
         error => Stop {
@@ -237,18 +280,18 @@ fn moved(
                     "owner {} took table {table} over with epoch {}; this run has epoch {}",
                     record.owner, record.epoch, committing.epoch
                 ),
-                "nothing of this batch is visible; do not restart this copy unless the other one is to end",
+                format!("{}; do not restart this copy unless the other one is to end", committing.unseen()),
             )
         }
         Ok(Found::RolledBack { .. }) => Stop::new(
             Reason::TableRolledBack,
             format!("table {table} was rolled back while a batch was written"),
-            format!("nothing of this batch is visible; tidemill plan {} says more", committing.job_shown),
+            format!("{}; to see more:\n  tidemill plan {}", committing.unseen(), committing.job_shown),
         ),
         _ => Stop::new(
             Reason::TableChanged,
             format!("table {table} changed while a batch was written: {found}"),
-            format!("nothing of this batch is visible; {RUN_AGAIN}"),
+            format!("{}; {RUN_AGAIN}", committing.unseen()),
         ),
     }
 }

@@ -1,6 +1,7 @@
 //! Facts of a start, read and not changed: broker, catalog, tables, ledger.
 //!
-//! `plan` prints them, `run` judges them. Nothing here creates a topic, table, folder or file.
+//! `plan` prints them, `run` judges them. Nothing here creates a topic or a table. Opening an SQLite catalog makes its
+//! file and the warehouse's folder, as every client of it does.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use uuid::Uuid;
 use super::stops;
 use crate::catalog;
 use crate::commit::ledger::{self, Found, LedgerRecord};
-use crate::commit::side;
+use crate::commit::side::{self, SideMark};
 use crate::dedup;
 use crate::fingerprint::KeyEncoder;
 use crate::job::Job;
@@ -142,19 +143,13 @@ impl Survey {
         self.cluster.topics.iter().find(|facts| facts.topic == topic)?.id
     }
 
-    /// Whether the dead-letter table follows a job already.
+    /// What the dead-letter table says that it follows.
     ///
     /// # Errors
     /// Its mark can not be read.
-    pub fn dead_letters_marked(&self) -> Result<bool, Stop> {
-        let Some(dead) = &self.dead else { return Ok(false) };
-        let mark = side::inspect(dead.metadata()).map_err(|error| stops::ledger(&self.dead_ident, error))?;
-        Ok(mark.is_some())
-    }
-
-    /// Bounds as plain pairs, `[low, end)`.
-    pub fn bounds(&self) -> BTreeMap<TopicPartition, (NextOffset, NextOffset)> {
-        self.offsets.iter().map(|(name, range)| (name.clone(), (range.low, range.end))).collect()
+    pub fn dead_letter_mark(&self) -> Result<Option<SideMark>, Stop> {
+        let Some(dead) = &self.dead else { return Ok(None) };
+        side::inspect(dead.metadata()).map_err(|error| stops::ledger(&self.dead_ident, error))
     }
 
     /// Where each topic partition would be read from: the ledger, else the job's start (first run), else earliest.
@@ -180,7 +175,11 @@ impl Survey {
     }
 }
 
-fn refuse_differences(table: &TableIdent, comparison: &Comparison, job: &Job) -> Result<(), Stop> {
+/// Refuses a table that the job can not write to.
+///
+/// # Errors
+/// `SCHEMA_DIFFERS`, with every difference.
+pub fn refuse_differences(table: &TableIdent, comparison: &Comparison, job: &Job) -> Result<(), Stop> {
     if comparison.refusals.is_empty() {
         return Ok(());
     }
@@ -190,9 +189,10 @@ fn refuse_differences(table: &TableIdent, comparison: &Comparison, job: &Job) ->
         format!("table {table} does not fit the job:\n  {}", sentences.join("\n  ")),
         format!(
             "nothing was read or written; mend the job's columns, or write to a table of its own:\n  \
-             tidemill run JOB --set sink.iceberg.table={}_2 --set sink.iceberg.dead_letters.table={}_2",
+             tidemill run JOB --set sink.iceberg.table={}_2 --set sink.iceberg.dead_letters.table={}_2 --set state_dir={}_2",
             job.sink.table.join("."),
-            job.sink.dead_letters.table.join(".")
+            job.sink.dead_letters.table.join("."),
+            job.state_dir.display()
         ),
     ))
 }
