@@ -121,7 +121,7 @@ fn dedup() -> Figure {
 fn batch_of_keys(batch: u64, seed: u64) -> Vec<Key> {
     let number = |index: u64| match batch {
         0 => index,
-        batch if index % 16 == 0 => (batch - 1) * KEYS_PER_BATCH + index + 1,
+        batch if index.is_multiple_of(16) => (batch - 1) * KEYS_PER_BATCH + index + 1,
         batch => batch * KEYS_PER_BATCH + index,
     };
     (0..KEYS_PER_BATCH)
@@ -140,7 +140,8 @@ fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     let json = words.iter().any(|word| word == "--json");
     let name = words.iter().find(|word| !word.starts_with("--"));
-    let known: [(&str, fn() -> Figure); 2] = [("decode", decode), ("dedup", dedup)];
+    type Measure = fn() -> Figure;
+    let known: [(&str, Measure); 2] = [("decode", decode), ("dedup", dedup)];
     if words.iter().any(|word| word == "--list") {
         known.iter().for_each(|(name, _)| println!("{name}"));
         return;

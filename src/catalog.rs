@@ -763,7 +763,8 @@ mod tests {
     #[tokio::test]
     async fn answers_of_a_rest_catalog_are_sorted_by_what_to_do() {
         use std::io::{Read, Write};
-        let cases: [(&str, &str, fn(&CatalogError) -> bool); 5] = [
+        type Expected = fn(&CatalogError) -> bool;
+        let cases: [(&str, &str, Expected); 5] = [
             ("401 Unauthorized", "", |error| matches!(error, CatalogError::Refused { .. })),
             ("403 Forbidden", "{}", |error| matches!(error, CatalogError::Refused { .. })),
             ("503 Service Unavailable", "", |error| matches!(error, CatalogError::Away { .. })),

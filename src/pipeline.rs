@@ -82,8 +82,8 @@ pub async fn run(loaded: &LoadedJob, options: &RunOptions, report: &mut dyn Repo
     options.phases.reach("start");
     let mut session = match Session::open(loaded, options, report).await? {
         session::Opened::NothingToRead(summary) => {
-            report.event(&Event::Done(summary.clone()));
-            return Ok(summary);
+            report.event(&Event::Done((*summary).clone()));
+            return Ok(*summary);
         }
         session::Opened::Session(session) => session,
     };

@@ -506,10 +506,10 @@ pub fn recent_generations(metadata: &TableMetadata, most: usize) -> Vec<(String,
         else {
             continue;
         };
-        if let (Some(name), Some(checksum)) = (record.dedup.generation, record.dedup.checksum) {
-            if found.iter().all(|(known, _)| *known != name) {
-                found.push((name, checksum));
-            }
+        if let (Some(name), Some(checksum)) = (record.dedup.generation, record.dedup.checksum)
+            && found.iter().all(|(known, _)| *known != name)
+        {
+            found.push((name, checksum));
         }
     }
     found

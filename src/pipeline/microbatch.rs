@@ -447,10 +447,10 @@ impl Session<'_> {
     /// A damaged file is set aside, so that the next start misses it and rebuilds the state, as its stop says.
     fn state_failed(&self, error: StoreError) -> Stop {
         let folder = super::survey::state_folder(&self.owner.loaded.job);
-        if let StoreError::Corrupt { file, .. } = &error {
-            if let Err(error) = dedup::set_aside(&folder, file) {
-                tracing::warn!(%error, file, "a damaged state file could not be set aside; delete it");
-            }
+        if let StoreError::Corrupt { file, .. } = &error
+            && let Err(error) = dedup::set_aside(&folder, file)
+        {
+            tracing::warn!(%error, file, "a damaged state file could not be set aside; delete it");
         }
         stops::state(&folder, error)
     }

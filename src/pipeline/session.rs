@@ -52,7 +52,7 @@ pub(super) struct Session<'a> {
 /// How an opening ends well.
 pub(super) enum Opened<'a> {
     /// Nothing to read and nothing to resolve: nothing was committed.
-    NothingToRead(Summary),
+    NothingToRead(Box<Summary>),
     /// Ready for batches.
     Session(Box<Session<'a>>),
 }
@@ -68,7 +68,7 @@ impl<'a> Session<'a> {
         let prepared = prepare(loaded, options, allow).await?;
         let starts = prepared.survey.starts(&loaded.job, prepared.record.as_ref())?;
         if prepared.nothing_to_do(&starts) {
-            return Ok(Opened::NothingToRead(resting_summary(&prepared)));
+            return Ok(Opened::NothingToRead(Box::new(resting_summary(&prepared))));
         }
         let plans = prepared.read_plans(&starts);
         let lag = plans.iter().map(|plan| (plan.end.get() - plan.start.get()).max(0).unsigned_abs()).sum();
