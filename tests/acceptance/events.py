@@ -34,7 +34,15 @@ class Feed:
     def __init__(self, bootstrap: str, topic: str, **config: Any) -> None:
         self.topic = topic
         self.producer = Producer(
-            {"bootstrap.servers": bootstrap, "linger.ms": 5, "message.max.bytes": 16 << 20, "acks": "all", **config}
+            {
+                "bootstrap.servers": bootstrap,
+                "linger.ms": 5,
+                "message.max.bytes": 16 << 20,
+                "acks": "all",
+                # what went wrong is raised; a broker that ends before its clients is no news
+                "log_level": 2,
+                **config,
+            }
         )
         self._failures: list[str] = []
 

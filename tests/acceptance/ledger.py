@@ -85,7 +85,10 @@ def check_chain(table: Table) -> list[Commit]:
         step = f"snapshot {after.snapshot_id} ({after.kind}) after {before.snapshot_id} ({before.kind})"
         assert after.sequence == before.sequence + 1, f"{step}: sequence {before.sequence} -> {after.sequence}"
         assert after.batch == before.batch + (after.kind == "data"), f"{step}: batch {before.batch} -> {after.batch}"
-        assert after.epoch == before.epoch + (after.kind == "fence"), f"{step}: epoch {before.epoch} -> {after.epoch}"
+        # a process that ended between its line in the lock file and its fence leaves an epoch that nobody has
+        assert after.epoch > before.epoch if after.kind == "fence" else after.epoch == before.epoch, (
+            f"{step}: epoch {before.epoch} -> {after.epoch}"
+        )
         if after.kind not in ("data", "jump"):
             assert after.ends == before.ends, f"{step} moved offsets"
         for partition, end in before.ends.items():

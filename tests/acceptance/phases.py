@@ -7,13 +7,41 @@ from pathlib import Path
 
 from job import Running
 
+# In the order of one life: those of the start, those of each microbatch, those of the end. Every commit names itself
+# `main_sent` and `main_landed` in the trace; a fence and a release are told apart from a microbatch by where they stand.
 PHASES = (
-    "start", "fenced", "read", "first_data_file_byte", "data_files_closed", "state_prepared", "main_sent",
-    "main_landed", "sides_sent", "sides_landed", "published", "released",
+    "start", "verified", "fence_sent", "fence_landed", "fenced",
+    "read", "first_data_file_byte", "data_files_closed", "state_prepared", "main_sent", "main_landed", "sides_sent",
+    "sides_landed", "published",
+    "release_sent", "release_landed", "released",
 )  # fmt: skip
-# Data files exist or are being written, and the commit that names them has not been read back.
-BEFORE_READ_BACK = {"first_data_file_byte", "data_files_closed", "state_prepared", "main_sent"}
-BETWEEN_MAIN_AND_SIDE = {"main_landed", "sides_sent"}
+
+
+def named(trace: list[str]) -> list[str]:
+    """The phases of a trace, with the commits of a fence and of a release under names of their own."""
+    names, stage = [], "fence"
+    for phase in trace:
+        if phase in ("read", "published"):
+            stage = "main" if phase == "read" else "release"
+        names.append(phase.replace("main_", f"{stage}_") if phase.startswith("main_") else phase)
+    return names
+
+
+def last_batch(names: list[str]) -> list[str]:
+    """The phases of the microbatch that was begun last."""
+    begun = len(names) - names[::-1].index("read") if "read" in names else len(names)
+    return names[begun:]
+
+
+def is_before_read_back(names: list[str]) -> bool:
+    """Data files exist or are being written, and the commit that names them has not been read back."""
+    batch = last_batch(names)
+    return "first_data_file_byte" in batch and "main_landed" not in batch
+
+
+def is_between_main_and_side(names: list[str]) -> bool:
+    """Main names files that the side table does not have yet. Every microbatch must hold a refused row for this."""
+    return names[-1:] in (["main_landed"], ["sides_sent"])
 
 
 class Trace:
@@ -27,7 +55,7 @@ class Trace:
     def phases(self) -> list[str]:
         """Phases passed so far."""
         try:
-            return self.path.read_text().split()
+            return named(self.path.read_text().split())
         except FileNotFoundError:
             return []
 

@@ -4,8 +4,10 @@ import json
 from typing import Any
 
 import ledger
+import snapshots
 from conftest import Corner
 from events import NOW_MS, event
+from job import tidemill
 
 REASON = "reason_code"
 TEXT = "reason_text"
@@ -171,6 +173,7 @@ def test_too_many_dead_letters_stop_the_run_with_nothing_committed(place: Corner
     feed.send(*(b"no json" for _ in range(200)))
     job = place.job(topic, max_ratio=0.05)
     stop = job.run().expect_stop(21, "BRAKE")
+    snapshots.check("brake", tidemill("run", job.path).expect(21).stderr, place.prefix)
     said = stop["what"] + stop["way_out"]
     for expected in ("missing_required", "300", "invalid_json", "200", topic):
         assert expected in said, f"{expected} is not in: {said}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from confluent_kafka import KafkaException
+from pyarrow import parquet
 from pyiceberg.schema import Schema
 from pyiceberg.types import LongType, NestedField
 
@@ -16,7 +17,7 @@ import snapshots
 from conftest import Corner
 from events import event
 from job import Job, tidemill
-from services import Broker, free_ports, wait_until
+from services import Broker, RestCatalog, free_ports, wait_until
 
 
 def stop_of(job: Job, place: Corner, name: str, exit_code: int, reason: str, *words: str) -> dict[str, Any]:
@@ -96,7 +97,9 @@ def test_a_table_with_rows_and_no_ledger_asks_what_its_rows_mean(place: Corner) 
     catalog = job.open_catalog()
     catalog.create_namespace("events")
     table = catalog.create_table(job.table, rows.table.schema(), partition_spec=rows.table.spec())
-    table.append(rows.table.scan().to_arrow().slice(0, 10).cast(table.schema().as_arrow()))
+    foreign = place.folder / "foreign.parquet"
+    parquet.write_table(rows.table.scan().to_arrow().slice(0, 10).cast(table.schema().as_arrow()), foreign)
+    table.add_files([str(foreign)])
     stop = stop_of(job, place, "rows_without_ledger", 25, "TABLE_NOT_EMPTY")
     assert "--ignore-rows" in stop["way_out"]
     job.follow(stop).expect(0)
@@ -140,11 +143,11 @@ def test_a_topic_made_again_under_its_name_stops_until_offsets_are_rebased(place
     topic = job.topics[0]
     place.broker.delete_topic(topic)
     recreate(place.broker, topic)
-    place.feed(topic).send(*(event(number) for number in range(50, 150)))
+    place.feed(topic).send(*(event(number) for number in range(50, 130)))
     stop = stop_of(job, place, "topic_made_again", 23, "TOPIC_CHANGED")
     job.follow(stop).expect(0)
     counts = job.run().expect(0).last["counts"]
-    assert (counts["consumed"], counts["written"], counts["duplicate"]) == (100, 50, 50)
+    assert (counts["consumed"], counts["written"], counts["duplicate"]) == (80, 30, 50)
 
 
 def recreate(broker: Broker, topic: str) -> None:
@@ -161,11 +164,12 @@ def recreate(broker: Broker, topic: str) -> None:
 
 
 def test_a_catalog_that_does_not_answer_is_waited_for_by_the_scheduler(place: Corner) -> None:
-    port = free_ports(1)[0]
-    job = filled(
-        place, catalog={"type": "rest", "uri": f"http://127.0.0.1:{port}", "warehouse": f"file://{place.folder}/wh"}
-    )
-    stop_of(job, place, "catalog_unreachable", 12, "CATALOG_AWAY")
+    catalog = RestCatalog(place.folder / "rest-catalog", port=free_ports(1)[0])
+    job = filled(place, catalog={"type": "rest", "uri": catalog.uri, "warehouse": catalog.warehouse})
+    stop = stop_of(job, place, "catalog_unreachable", 12, "CATALOG_AWAY")
+    with catalog:
+        job.follow(stop).expect(0)
+        job.check_against(place.truth(*job.topics))
 
 
 SPOILED: dict[str, Callable[[str], str]] = {

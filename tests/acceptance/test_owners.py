@@ -5,9 +5,10 @@ import time
 from contextlib import ExitStack
 
 import ledger
+import snapshots
 from conftest import Corner
 from events import event
-from job import started
+from job import started, tidemill
 from phases import Trace
 from services import wait_until
 
@@ -39,7 +40,10 @@ def test_a_copy_that_starts_while_another_works_ends_busy_and_the_work_gets_done
         first.send(signal.SIGSTOP)
         on_this_host = job.run(timeout_s=120).expect_stop(BUSY, "BUSY")
         elsewhere = job.run("--set", f"state_dir={place.folder}/other-state", timeout_s=120).expect_stop(BUSY, "BUSY")
-        assert on_this_host["way_out"] and elsewhere["way_out"]
+        assert "in use" in on_this_host["what"] and "--takeover" in elsewhere["way_out"]
+        snapshots.check("busy", tidemill("run", job.path).expect(BUSY).stderr)
+        other_state = f"state_dir={place.folder}/other-state"
+        snapshots.check("busy_elsewhere", tidemill("run", job.path, "--set", other_state).expect(BUSY).stderr)
         first.send(signal.SIGCONT)
         assert first.wait(120) == 0, first.output()
     job.check_against(place.truth(topic))

@@ -12,10 +12,10 @@ from services.s3 import ACCESS_KEY, REGION, SECRET_KEY, S3Server
 class RestCatalog:
     """An Iceberg REST endpoint. It hands out no storage settings: clients bring their own."""
 
-    def __init__(self, folder: Path, s3: S3Server | None = None) -> None:
+    def __init__(self, folder: Path, s3: S3Server | None = None, port: int | None = None) -> None:
         self.folder = folder
         self.s3 = s3
-        self.port = free_ports(1)[0]
+        self.port = port or free_ports(1)[0]
         self.uri = f"http://127.0.0.1:{self.port}"
         folder.mkdir(parents=True)
         (folder / "tmp").mkdir()

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from types import TracebackType
 
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import (
     AclBinding,
     AclOperation,
@@ -18,14 +18,18 @@ from confluent_kafka.admin import (
     AdminClient,
     NewPartitions,
     NewTopic,
+    OffsetSpec,
     ResourcePatternType,
     ResourceType,
 )
 
-from services.process import Process, cache_folder, free_ports
+from services.process import Process, cache_folder, free_ports, wait_until
 
 CLUSTER_ID = "4L6g3nShT-eMCtK--X86sw"
 READER, READER_PASSWORD = "reader", "reader-secret"
+NOT_LED_YET = (
+    KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART,
+)  # fmt: skip
 JAVA = ["java", "-Xms64m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
 
 LOG4J2 = """
@@ -137,7 +141,7 @@ class Broker:
     def admin(self) -> AdminClient:
         """An administrator on the open listener. Kept: a client that is dropped forgets its requests."""
         if self._admin is None:
-            self._admin = AdminClient({"bootstrap.servers": self.bootstrap})
+            self._admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 2})
         return self._admin
 
     def create_topic(self, name: str, partitions: int = 1, **config: str) -> None:
@@ -145,6 +149,17 @@ class Broker:
         settings = {key.replace("_", "."): value for key, value in config.items()}
         made = self.admin.create_topics([NewTopic(name, partitions, 1, config=settings)])
         made[name].result(timeout=30)
+        wait_until(f"leaders of {name}", lambda: self._is_led(name, partitions), pause_s=0.02)
+
+    def _is_led(self, topic: str, partitions: int) -> bool:
+        """Whether the broker leads every partition: that follows the answer to a creation a little later."""
+        asked = {TopicPartition(topic, number): OffsetSpec.latest() for number in range(partitions)}
+        try:
+            return all(answer.result(timeout=30) for answer in self.admin.list_offsets(asked).values())
+        except KafkaException as error:
+            if error.args[0].code() not in NOT_LED_YET:
+                raise
+            return False
 
     def add_partitions(self, topic: str, count: int) -> None:
         """Raises the number of a topic's partitions to `count`."""
