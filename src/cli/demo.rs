@@ -218,9 +218,7 @@ impl<'a> Demo<'a> {
             Ok(_) => return Ok(()),
         };
         self.say("this folder has the tables of an earlier demo, and its broker is gone; a run stops:");
-        if !self.json {
-            terminal::print_stop(&stop.for_job(&self.job_path.display().to_string()), false);
-        }
+        terminal::print_stop(&stop.for_job(&self.job_path.display().to_string()), self.json);
         self.say(&format!("$ tidemill rebase-offsets {} --yes", self.job_path.display()));
         let yes = |_: &str| Ok(());
         let options = self.options();

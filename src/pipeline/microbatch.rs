@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use arrow::array::{ArrayRef, BooleanArray, RecordBatch};
 use arrow::compute::filter_record_batch;
 use iceberg::spec::DataFile;
+use iceberg::table::Table;
 use uuid::Uuid;
 
 use super::report::{Event, Report};
@@ -144,14 +145,11 @@ impl Session<'_> {
         let attempt = Uuid::now_v7();
         let key = &self.owner.loaded.job.dedup.key;
         let (main_bytes, dead_bytes) = (self.memory.writer * 3 / 4, self.memory.writer / 4);
-        let failed = |table: &str| {
-            let what = format!("data files of table {table} can not be written");
-            move |error: WriteError| stops::data(what, error.reason(), error)
-        };
-        let main = TableWriter::new(&self.owner.main, attempt, main_bytes, key)
-            .map_err(failed(&self.owner.main_ident.to_string()))?;
-        let dead = TableWriter::new(&self.owner.dead, attempt, dead_bytes, &[])
-            .map_err(failed(&self.owner.dead_ident.to_string()))?;
+        let (main, dead) = (&self.owner.main, &self.owner.dead);
+        let main =
+            TableWriter::new(main, attempt, main_bytes, key).map_err(|error| unwritten(main, error))?;
+        let dead =
+            TableWriter::new(dead, attempt, dead_bytes, &[]).map_err(|error| unwritten(dead, error))?;
         Ok(Open {
             cut: Cut {
                 number: self.owner.record.batch + 1,
@@ -317,10 +315,7 @@ impl Session<'_> {
             metadata::metadata_columns(&self.slots, &decoded.places, &decoded.timestamps_ms, batch);
         let rows = with_metadata(&decoded.rows, metadata)?;
         let rows = filter_record_batch(&rows, first_seen).map_err(unexpected_arrow)?;
-        let table = self.owner.main_ident.to_string();
-        open.main.write(&rows).await.map_err(|error| {
-            stops::data(format!("data files of table {table} can not be written"), error.reason(), error)
-        })
+        open.main.write(&rows).await.map_err(|error| unwritten(&self.owner.main, error))
     }
 
     /// Letters that do not stand in the dead-letter table yet, once per place.
@@ -349,9 +344,7 @@ impl Session<'_> {
             return Ok(());
         }
         let rows = dead_letters::rows(&letters, &slots, open.cut.number).map_err(unexpected_arrow)?;
-        open.dead.write(&rows).await.map_err(|error| {
-            stops::data(format!("data files of table {table} can not be written"), error.reason(), error)
-        })
+        open.dead.write(&rows).await.map_err(|error| unwritten(&self.owner.dead, error))
     }
 
     /// Topic partitions as dead letters name them. Where the broker gives no topic id, one is derived from the name.
@@ -420,12 +413,9 @@ impl Session<'_> {
 
     /// Steps 1 and 2 of the commit module: data files of all tables, then the generation, each durable.
     async fn prepare(&mut self, open: &mut Open) -> Result<Built, Stop> {
-        let (main_table, dead_table) = (self.owner.main_ident.to_string(), self.owner.dead_ident.to_string());
-        let unwritten = |table: &str| format!("data files of table {table} can not be closed");
-        let of_main = |error: WriteError| stops::data(unwritten(&main_table), error.reason(), error);
-        let of_dead = |error: WriteError| stops::data(unwritten(&dead_table), error.reason(), error);
-        let files = open.main.finish().await.map_err(of_main)?;
-        let dead_files = open.dead.finish().await.map_err(of_dead)?;
+        let (main, dead) = (&self.owner.main, &self.owner.dead);
+        let files = open.main.finish().await.map_err(|error| unwritten(main, error))?;
+        let dead_files = open.dead.finish().await.map_err(|error| unwritten(dead, error))?;
         self.options.phases.reach("data_files_closed");
         let name = GenerationName::new(self.owner.record.epoch, open.cut.number, open.cut.attempt);
         let generation = self.store.prepare(name).map_err(|error| self.state_failed(error))?;
@@ -433,7 +423,10 @@ impl Session<'_> {
         let owed = (!dead_files.is_empty())
             .then(|| writer::files_to_json(&dead_files, &self.owner.dead))
             .transpose()
-            .map_err(|error| stops::data(unwritten(&dead_table), error.reason(), error))?;
+            .map_err(|error| {
+                let what = format!("files of table {} can not be named in the ledger", self.owner.dead_ident);
+                stops::data(what, error.reason(), error)
+            })?;
         let mut next = self.next_record(open.cut, owed);
         let total = total(self.store.buckets());
         next.dedup.generation = Some(generation.name.to_string());
@@ -540,6 +533,12 @@ fn interrupted() -> Stop {
         "interrupted by a signal",
         "the open batch was dropped, everything before it is committed; to go on:\n  tidemill run JOB",
     )
+}
+
+/// Names the place too, so that a full disk is found.
+fn unwritten(table: &Table, error: WriteError) -> Stop {
+    let (name, place) = (table.identifier(), table.metadata().location());
+    stops::data(format!("data files of table {name} in {place} can not be written"), error.reason(), error)
 }
 
 fn unexpected_arrow(error: impl std::error::Error + Send + Sync + 'static) -> Stop {

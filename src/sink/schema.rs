@@ -480,11 +480,18 @@ fn judge_missing_column(table: &Table, wanted: &NestedField) -> ColumnVerdict {
         return ColumnVerdict::Refuse(vec![of_column(
             DifferenceKind::RequiredColumnMissing,
             wanted,
-            format!(
-                "column {} {} is required in the job and missing in table {ident}, whose rows would have no value for \
-                 it; make it optional in the job, or name another table",
-                wanted.name, wanted.field_type
-            ),
+            if wanted.name.starts_with("_kafka_") || wanted.name.starts_with("_tidemill_") {
+                format!(
+                    "column {} {}, which every table of a job has, is missing in table {ident}; name another table",
+                    wanted.name, wanted.field_type
+                )
+            } else {
+                format!(
+                    "column {} {} is required in the job and missing in table {ident}, whose rows would have no value \
+                     for it; make it optional in the job, or name another table",
+                    wanted.name, wanted.field_type
+                )
+            },
         )]);
     }
     let Type::Primitive(column_type) = wanted.field_type.as_ref() else {
