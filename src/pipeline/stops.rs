@@ -11,7 +11,7 @@ use crate::commit::side::SideError;
 use crate::commit::switch::SwitchError;
 use crate::dedup::StoreError;
 use crate::sink::schema::SchemaError;
-use crate::source::SourceError;
+use crate::source::{ACLS_NEEDED, SourceError};
 use crate::stop::{Reason, Stop};
 
 /// The end of every way out that is only to try again. `JOB` is replaced by the file that the user named.
@@ -20,6 +20,10 @@ const RUN_AGAIN: &str = "nothing is lost, the next run goes on from the last com
 /// Kafka.
 pub fn source(error: SourceError) -> Stop {
     let way_out = match error.reason() {
+        Reason::NotAuthorized if !says_topic(&error) => {
+            "nothing was read or written; mend the credentials in [source.kafka.properties], then:\n  tidemill run JOB"
+                .to_owned()
+        }
         Reason::SourceAway => format!("check that the brokers are up; {RUN_AGAIN}"),
         Reason::UnknownTopic => {
             "nothing was read or written; mend source.kafka.topics in the job file or create the topic, then:\n  \
@@ -45,6 +49,11 @@ pub fn source(error: SourceError) -> Stop {
         _ => format!("please report this; {RUN_AGAIN}"),
     };
     Stop::new(error.reason(), error.to_string(), way_out)
+}
+
+/// Whether a refusal is about topics, which an administrator grants, and not about who asks.
+fn says_topic(error: &SourceError) -> bool {
+    matches!(error, SourceError::NotAuthorized { needed, .. } if *needed == ACLS_NEEDED)
 }
 
 /// Kafka, in the middle of a batch.

@@ -61,6 +61,9 @@ const DENIED: [(&str, &str); 39] = [
     ("transactional.id", "tidemill does not produce"),
 ];
 
+/// The ways to log in that the client of this program is built with.
+const SASL_MECHANISMS: [&str; 3] = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
+
 /// Reads `[source.kafka]`.
 pub(super) fn read_kafka(section: Option<Section<'_, '_>>) -> KafkaSource {
     let mut source = KafkaSource {
@@ -244,6 +247,12 @@ fn is_secret(name: &str) -> bool {
 fn check_value(field: &Field<'_, '_>, name: &str, setting: &Setting) {
     let Setting::Plain(value) = setting else { return };
     match name {
+        "sasl.mechanism" | "sasl.mechanisms" if !SASL_MECHANISMS.contains(&value.as_str()) => {
+            field
+                .wrong(format!("not built yet: {name} = {}", quoted(value)))
+                .expecting("\"PLAIN\", \"SCRAM-SHA-256\" or \"SCRAM-SHA-512\"")
+                .hinting("client certificates work too: \"security.protocol\" = \"SSL\"");
+        }
         "security.protocol" => {
             let known = ["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"];
             if !known.contains(&value.to_ascii_lowercase().as_str()) {
