@@ -23,16 +23,20 @@ use crate::stop::{Reason, Stop};
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0      done
+  0      done, or nothing to do
   1      unexpected: please report it
   2      wrong command line or job file
-  10-19  try again later: 10 busy, 11 Kafka away, 12 catalog away, 13 interrupted, 14 disk, 15 outcome unknown,
-         16 table changed under the batch
-  20-29  a person decides: 20 fenced, 21 too many dead letters, 22 offsets lost, 23 topic or cluster changed,
-         24 table replaced or rolled back, 25 ledger, 26 schema or key, 27 format too new, 28 not authorized,
-         29 files or keys missing
+  10-19  try again later
+         10 busy, 11 Kafka away, 12 catalog away, 13 interrupted, 14 disk,
+         15 outcome unknown, 16 table changed under the batch
+  20-29  a person decides
+         20 fenced, 21 too many dead letters, 22 offsets lost,
+         23 topic or cluster changed, 24 table replaced or rolled back,
+         25 ledger, 26 schema or key, 27 format too new,
+         28 not authorized, 29 files or keys missing
 
-Scheduling: start `tidemill run JOB` as often as you like; an overlapping start ends with 10 and does nothing.";
+Scheduling: start `tidemill run JOB` as often as you like; a start beside a
+run in progress ends with 10 and does nothing.";
 
 /// Kafka topics full of repeats become Iceberg tables where each event stands once.
 #[derive(Debug, Parser)]

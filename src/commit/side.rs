@@ -170,3 +170,38 @@ pub async fn bring_forward(
     };
     switch(request, &|| {}).await.map(|_| Followed::Now).map_err(failed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mark() -> SideMark {
+        SideMark {
+            format: 1,
+            job_id: Uuid::from_u128(1),
+            role: "dead_letters".into(),
+            epoch: 3,
+            batch: 4,
+            generation: Some("g".into()),
+        }
+    }
+
+    #[test]
+    fn the_golden_mark_of_format_1_is_read() {
+        assert_eq!(parse(include_str!("../../fixtures/side-mark-1.json")).unwrap(), mark());
+    }
+
+    #[test]
+    fn a_newer_mark_is_refused_by_name_and_a_broken_one_says_where_it_stands() {
+        assert!(matches!(parse(r#"{"format": 2}"#), Err(LedgerError::Newer { found: 2 })));
+        let error = parse("{}").unwrap_err().to_string();
+        assert!(error.starts_with("ledger record in tidemill.side can not be read"), "{error}");
+    }
+
+    #[test]
+    fn a_mark_fits_a_later_batch_and_its_own_but_not_another_of_the_same_number() {
+        let mark = mark();
+        assert!(mark.fits(5, Some("h")) && mark.fits(4, Some("g")));
+        assert!(!mark.fits(4, Some("h")) && !mark.fits(4, None) && !mark.fits(3, Some("g")));
+    }
+}
