@@ -190,6 +190,11 @@ class Job:
         """The job file."""
         return self.folder / self.file_name
 
+    @property
+    def warehouse(self) -> Path:
+        """The folder of a local warehouse."""
+        return Path(self.catalog["warehouse"].removeprefix("file://"))
+
     def write(self) -> Job:
         """Writes the job file as the fields now say."""
         self.folder.mkdir(parents=True, exist_ok=True)

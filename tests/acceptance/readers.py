@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,9 @@ METADATA_COLUMNS = {
     "_tidemill_batch": "long",
 }
 
+# What every engine takes as a column name: Avro's rule, the strictest of those that read the tables.
+AVRO_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
 
 class PyicebergReader:
     """Reads a table through pyiceberg, from a catalog or from one metadata file."""
@@ -41,6 +45,10 @@ class PyicebergReader:
     def count(self) -> int:
         """Rows, counted by reading them."""
         return self.columns("_kafka_offset").num_rows
+
+    def files(self) -> list[str]:
+        """The data files of the current snapshot."""
+        return [task.file.file_path for task in self.table.scan().plan_files()]
 
     def ids(self) -> list[str]:
         """The event id of every row, with whatever repeats there are."""
@@ -66,6 +74,8 @@ class PyicebergReader:
         fields = {field.name: str(field.field_type) for field in self.table.schema().fields}
         found = {name: fields.get(name) for name in METADATA_COLUMNS}
         assert found == METADATA_COLUMNS, found
+        refused = [name for name in fields if not AVRO_NAME.fullmatch(name)]
+        assert not refused, f"readers that take Avro names only refuse {refused}"
 
 
 class DuckdbReader:

@@ -14,6 +14,7 @@ VARIABLE = (
     # how often the client library says that it can not connect depends on the moment
     (r"(?m)^\S+ +WARN librdkafka: .*\n", ""),
     (r", \d+ identical error\(s\) suppressed", ""),
+    (r"path: [^\s,]+, written: \d+", "path: <path>, written: <bytes>"),
     (r"file%3A[^\s'\"`,;:)]*", "<folder>"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z?", "<time>"),
     (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<uuid>"),

@@ -17,7 +17,9 @@ def demo(folder: Path, *words: str) -> Outcome:
 
 def count_by_both(metadata_location: str) -> tuple[int, int]:
     """Rows and distinct event ids, on which pyiceberg and DuckDB must agree."""
-    ids = PyicebergReader.of_metadata(metadata_location).ids()
+    ours = PyicebergReader.of_metadata(metadata_location)
+    ours.check_metadata_columns()
+    ids = ours.ids()
     theirs = DuckdbReader(metadata_location)
     assert (theirs.count(), theirs.distinct()) == (len(ids), len(set(ids)))
     return len(ids), len(set(ids))
@@ -25,6 +27,7 @@ def count_by_both(metadata_location: str) -> tuple[int, int]:
 
 def test_the_demo_writes_every_event_of_a_million_once(tmp_path: Path) -> None:
     last = demo(tmp_path / "demo").expect(0).last
+    print(last)
     assert last.keys() >= PROMISED, PROMISED - last.keys()
     assert last["written"] == last["expected_written"]
     assert last["consumed"] >= 1_000_000 and last["duplicate"] > 0
@@ -42,5 +45,7 @@ def test_a_second_demo_on_the_same_folder_drops_every_repeat_of_the_first(tmp_pa
 
 def test_a_demo_that_is_killed_twenty_times_still_writes_every_event_once(tmp_path: Path) -> None:
     last = demo(tmp_path / "demo", "--events", "400000", "--kill", "20").expect(0).last
+    print("last phases of the killed children:", ", ".join(last["kills"]))
+    assert len(last["kills"]) == 20
     assert last["written"] == last["expected_written"]
     assert count_by_both(last["metadata_location"]) == (last["written"], last["written"])

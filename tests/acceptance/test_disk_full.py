@@ -51,6 +51,8 @@ def goes_on_after_a_full_disk(place: Corner, disk: Path, job: Job, name: str) ->
     for_people = tidemill("run", job.path).expect(14)
     assert str(disk) in for_people.stderr, "the message names the folder"
     snapshots.check(name, for_people.stderr.replace(str(disk), "<disk>"), place.prefix)
+    left = {path.name for path in (job.warehouse / "events/notifications/data").rglob("*.parquet")}
+    assert left == {Path(path).name for path in job.reader().files()}, "a dropped batch leaves no file that fills the disk"
     ballast.unlink()
     job.run().expect(0)
     truth = place.truth(topic)

@@ -265,7 +265,7 @@ def _offset_of(message: Message) -> int:
 
 def partitions_of(bootstrap: str, topics: list[str]) -> list[TopicPartition]:
     """All topic partitions of these topics."""
-    metadata = AdminClient({"bootstrap.servers": bootstrap}).list_topics(timeout=20)
+    metadata = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2}).list_topics(timeout=20)
     return [TopicPartition(topic, number) for topic in topics for number in sorted(metadata.topics[topic].partitions)]
 
 
@@ -280,7 +280,7 @@ def start_offsets(bootstrap: str, topics: list[str]) -> dict[tuple[str, int], in
 
 
 def _list_offsets(bootstrap: str, topics: list[str], which: OffsetSpec) -> dict[tuple[str, int], int]:
-    admin = AdminClient({"bootstrap.servers": bootstrap})
+    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2})
     asked = {partition: which for partition in partitions_of(bootstrap, topics)}
     answers = admin.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=20)
     return {(partition.topic, partition.partition): answer.result().offset for partition, answer in answers.items()}
