@@ -111,12 +111,16 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Option<SideMark>, LedgerError
     })
     .find_map(|snapshot| snapshot.summary().additional_properties.get(MARK));
     let Some(text) = on_ancestry.or_else(|| metadata.properties().get(MARK)) else { return Ok(None) };
+    parse(text).map(Some)
+}
+
+fn parse(text: &str) -> Result<SideMark, LedgerError> {
     let corrupt =
         |why: serde_json::Error| LedgerError::Corrupt { place: MARK.to_owned(), why: why.to_string() };
     let value: serde_json::Value = serde_json::from_str(text).map_err(corrupt)?;
     match value["format"].as_u64() {
         Some(found) if found > u64::from(FORMAT_VERSION) => Err(LedgerError::Newer { found }),
-        _ => serde_json::from_value(value).map(Some).map_err(corrupt),
+        _ => serde_json::from_value(value).map_err(corrupt),
     }
 }
 
