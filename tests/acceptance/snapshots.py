@@ -15,6 +15,8 @@ VARIABLE = (
     (r"(?m)^\S+ +WARN librdkafka: .*\n", ""),
     (r", \d+ identical error\(s\) suppressed", ""),
     (r"path: [^\s,]+, written: \d+", "path: <path>, written: <bytes>"),
+    # other tests' topics
+    (r"; nearest: [^\n]*", ""),
     (r"file%3A[^\s'\"`,;:)]*", "<folder>"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z?", "<time>"),
     (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<uuid>"),

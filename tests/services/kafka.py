@@ -29,6 +29,7 @@ CLUSTER_ID = "4L6g3nShT-eMCtK--X86sw"
 READER, READER_PASSWORD = "reader", "reader-secret"
 NOT_LED_YET = (
     KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._NOENT,
 )  # fmt: skip
 JAVA = ["java", "-Xms64m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
 
