@@ -62,15 +62,30 @@ impl RunOptions {
 /// The memory split of a job.
 ///
 /// # Errors
-/// `USAGE` below the minimum.
+/// `USAGE` below the minimum, or where the largest record does not fit.
 pub fn plan_memory(loaded: &LoadedJob) -> Result<MemoryPlan, Stop> {
-    MemoryPlan::divide(loaded.job.memory_bytes).map_err(|error| {
+    let plan = MemoryPlan::divide(loaded.job.memory_bytes).map_err(|error| {
         Stop::new(
             Reason::Usage,
             error.to_string(),
             "set memory in the job file, or: --set memory=\"256 MiB\"",
         )
-    })
+    })?;
+    let (largest, most) = (loaded.job.source.record_bytes_max, plan.probe_payload_bytes_max());
+    if largest > most {
+        let (largest, most) = (bytesize::ByteSize(largest), bytesize::ByteSize(most));
+        return Err(Stop::new(
+            Reason::Usage,
+            format!(
+                "decode.max_record = {largest} does not fit into memory = {}",
+                bytesize::ByteSize(plan.total)
+            ),
+            format!(
+                "a record may take {most} of it: raise memory, or lower max_record, then:\n  tidemill check JOB"
+            ),
+        ));
+    }
+    Ok(plan)
 }
 
 /// Drains a job's topics to the end offsets frozen now.

@@ -42,7 +42,7 @@ pub fn inspect(args: &JobArgs, json: bool) -> Result<(), Stop> {
     Ok(())
 }
 
-/// Reads every page of the newest generation.
+/// Reads every page of the newest generation; a damaged file is set aside.
 pub fn verify(args: &JobArgs, json: bool) -> Result<(), Stop> {
     let loaded = args.load()?;
     let folder = survey::state_folder(&loaded.job);
@@ -55,7 +55,16 @@ pub fn verify(args: &JobArgs, json: bool) -> Result<(), Stop> {
             "the next run makes or rebuilds it",
         ));
     };
-    let facts = dedup::verify(&folder, &newest.reference).map_err(of_state)?;
+    let facts = dedup::verify(&folder, &newest.reference).map_err(|error| {
+        // Set aside, the file is missed by the next run, which then rebuilds the state, as the stop says.
+        if let dedup::StoreError::Corrupt { file, .. } = &error
+            && let Ok(_lock) = StateLock::acquire(&folder)
+            && let Err(error) = dedup::set_aside(&folder, file)
+        {
+            tracing::warn!(%error, file, "a damaged state file could not be set aside; delete it");
+        }
+        stops::state(&folder, error)
+    })?;
     if json {
         terminal::print_json(&serde_json::json!({
             "event": "verified", "generation": newest.reference.name, "keys": facts.keys, "segments": facts.segments,

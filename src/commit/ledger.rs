@@ -104,6 +104,8 @@ pub enum Kind {
     Fence,
     /// A microbatch, perhaps without rows.
     Data,
+    /// The owner renewed its lease: a copy of the record, same epoch.
+    Renewal,
     /// The owner gave the table back.
     Release,
     /// Offsets moved without reading, for a stated reason.
@@ -355,6 +357,7 @@ fn kind_name(kind: Kind) -> &'static str {
         Kind::Start => "start",
         Kind::Fence => "fence",
         Kind::Data => "data",
+        Kind::Renewal => "renewal",
         Kind::Release => "release",
         Kind::Jump => "jump",
     }

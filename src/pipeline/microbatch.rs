@@ -4,7 +4,7 @@
 //!
 //! A microbatch is read in probe batches bounded by the memory plan. Each is decoded, judged, probed and written before
 //! the next is read, so rows never wait for a verdict and memory does not depend on the size of the microbatch, but for
-//! its pending keys, which the memory plan bounds by a number of records.
+//! its pending keys, which the memory plan bounds.
 //!
 //! A batch that ends before its commit was sent leaves nothing: keys are abandoned, files deleted best effort. Once it
 //! was sent, files stay whatever happens.
@@ -216,7 +216,7 @@ impl Session<'_> {
     ) -> Result<(), Stop> {
         loop {
             if self.options.interrupted() {
-                return Err(interrupted());
+                return Err(stops::interrupted());
             }
             let turn_end = Instant::now() + READ_TURN_MAX;
             let deadline = open.due.map_or(turn_end, |due| due.min(turn_end));
@@ -525,14 +525,6 @@ fn bucket_record(bucket: &BucketTally) -> BucketRecord {
         count: bucket.keys,
         digest: bucket.digest.to_string(),
     }
-}
-
-fn interrupted() -> Stop {
-    Stop::new(
-        Reason::Interrupted,
-        "interrupted by a signal",
-        "the open batch was dropped, everything before it is committed; to go on:\n  tidemill run JOB",
-    )
 }
 
 /// Names the place too, so that a full disk is found.

@@ -131,7 +131,10 @@ pub(super) async fn prepare<'a>(
     let lock = StateLock::acquire(&survey::state_folder(job)).map_err(stops::lock)?;
     let survey = Survey::take(job, &memory).await?;
     let decoder = new_decoder(job)?;
-    let record = judge(&survey, job, options, allow)?;
+    let record = match judge(&survey, job, options, allow) {
+        Ok(record) => record,
+        Err(stop) => return Err(busy_before(stop, &survey, &lock, options).await),
+    };
     survey.refuse_other_schema(job)?;
     if let Some(record) = &record {
         await_lease(&survey, record, &lock, options).await?;
@@ -184,6 +187,15 @@ pub(super) fn judge(
     match start::judge(&facts, allow)? {
         Start::First => Ok(None),
         Start::Resume(record) => Ok(Some(*record)),
+    }
+}
+
+/// Tables that are read one after another may look torn while a live owner commits: then it is BUSY that is true.
+async fn busy_before(stop: Stop, survey: &Survey, lock: &StateLock, options: &RunOptions) -> Stop {
+    let torn = matches!(stop.reason, Reason::TableRolledBack | Reason::TableReplaced);
+    match survey.record() {
+        Some(record) if torn => await_lease(survey, record, lock, options).await.err().unwrap_or(stop),
+        _ => stop,
     }
 }
 
@@ -405,7 +417,7 @@ impl<'a> Owner<'a> {
 
     /// Renews the lease with a copy of the record, same epoch, for work that takes long between two commits.
     pub(super) async fn renew(&mut self) -> Result<(), Stop> {
-        let renewed = LedgerRecord { kind: Kind::Fence, jumps: Vec::new(), ..self.record.clone() };
+        let renewed = LedgerRecord { kind: Kind::Renewal, jumps: Vec::new(), ..self.record.clone() };
         self.commit(renewed, Vec::new()).await.map(|_| ())
     }
 
@@ -414,6 +426,8 @@ impl<'a> Owner<'a> {
         SideMark {
             format: side::FORMAT_VERSION,
             job_id: self.record.job_id,
+            job_name: self.record.job_name.clone(),
+            main: self.main_ident.to_string(),
             role: role.to_owned(),
             epoch: self.record.epoch,
             batch: self.record.batch,
@@ -421,15 +435,16 @@ impl<'a> Owner<'a> {
         }
     }
 
-    /// Marks a dead-letter table that follows nobody yet, so that no other job takes it.
+    /// Marks a dead-letter table that does not follow this job yet, so that no other job takes it. The start table has let
+    /// only an unmarked one through, and one of this very job and main table under an earlier id.
     async fn claim_sides(&mut self) -> Result<(), Stop> {
         let mark =
             side::inspect(self.dead.metadata()).map_err(|error| stops::ledger(&self.dead_ident, error))?;
-        if mark.is_some() {
+        if mark.as_ref().is_some_and(|mark| mark.job_id == self.record.job_id) {
             return Ok(());
         }
         let uuid = self.dead.metadata().uuid();
-        side::bring_forward(&self.catalog, &self.dead_ident, uuid, &self.mark(DEAD_LETTERS), Vec::new())
+        side::claim(&self.catalog, &self.dead_ident, uuid, &self.mark(DEAD_LETTERS), &mark)
             .await
             .map_err(|error| stops::side(error, self.committing()))?;
         self.dead = self.reload(&self.dead_ident).await?;
@@ -661,9 +676,12 @@ pub async fn move_offsets(
         question.join("\n"),
         prepared.survey.main_ident
     ))?;
-    let topics: BTreeMap<_, _> =
-        record.topics.clone().into_iter().chain(prepared.survey.topic_ids()).collect();
-    let cluster_id = prepared.survey.cluster.cluster_id.clone();
+    let mut topics = record.topics.clone();
+    for (topic, found) in prepared.survey.topic_ids() {
+        let known = topics.entry(topic).or_default();
+        *known = found.or(*known);
+    }
+    let cluster_id = prepared.survey.cluster.cluster_id.clone().or(record.cluster_id);
     let partition_counts: BTreeMap<String, i32> =
         prepared.survey.cluster.topics.iter().map(|facts| (facts.topic.clone(), facts.partitions)).collect();
     let (mut owner, _, _) = Owner::take(prepared, &BTreeMap::new()).await?;
@@ -696,13 +714,14 @@ fn differing_tails(prepared: &Prepared<'_>, record: &LedgerRecord) -> Result<BTr
     let starts = prepared.survey.starts(&prepared.loaded.job, Some(record))?;
     let mut plans = prepared.read_plans(&starts);
     let survey = &prepared.survey;
-    if record.cluster_id != survey.cluster.cluster_id {
+    if changed(record.cluster_id.as_ref(), survey.cluster.cluster_id.as_ref()) {
         return Ok(BTreeSet::new());
     }
     // Topic partitions that move for another reason need no look, and a shorter log has no record to compare.
     plans.retain(|plan| {
         let name = &plan.topic_partition;
-        let same_topic = record.topics.get(&name.topic).copied().flatten() == survey.topic_id(&name.topic);
+        let known = record.topics.get(&name.topic).copied().flatten();
+        let same_topic = !changed(known.as_ref(), survey.topic_id(&name.topic).as_ref());
         plan.tail.is_some() && plan.start >= plan.low && plan.start <= survey.offsets[name].end && same_topic
     });
     for plan in &mut plans {
@@ -723,6 +742,11 @@ pub fn describe(jump: &Jump) -> String {
     format!("{}[{}]: next offset {old} -> {}", jump.topic, jump.partition, jump.new_start)
 }
 
+/// Whether both are known and differ, as the start table judges.
+fn changed<T: PartialEq>(known: Option<&T>, found: Option<&T>) -> bool {
+    matches!((known, found), (Some(known), Some(found)) if known != found)
+}
+
 /// Which cursors move: lost ranges to the earliest offset left; topics made anew to their earliest offset.
 fn jumps(
     survey: &Survey,
@@ -730,7 +754,7 @@ fn jumps(
     command: OffsetCommand,
     differing: &BTreeSet<TopicPartition>,
 ) -> Vec<Jump> {
-    let other_cluster = record.cluster_id != survey.cluster.cluster_id;
+    let other_cluster = changed(record.cluster_id.as_ref(), survey.cluster.cluster_id.as_ref());
     let mut jumps = Vec::new();
     for (name, range) in &survey.offsets {
         let old_end = record.cursor(&name.topic, name.partition).map(|cursor| cursor.end);
@@ -740,7 +764,8 @@ fn jumps(
             OffsetCommand::AcceptLoss => old_end.is_some_and(|old| old < range.low),
             OffsetCommand::Rebase => {
                 let out_of_range = old_end.is_some_and(|old| old < range.low || old > range.end);
-                other_cluster || known != found || out_of_range || differing.contains(name)
+                let other_topic = old_end.is_none() || changed(known.as_ref(), found.as_ref());
+                other_cluster || other_topic || out_of_range || differing.contains(name)
             }
         };
         if moves {

@@ -136,8 +136,7 @@ impl<'a> Session<'a> {
         self.connection.commit_group_offsets(&positions);
     }
 
-    /// Whether the ledger still trails the frozen ends; the first microbatch of an owner is always taken, because
-    /// something was to be resolved or read.
+    /// Whether the ledger still trails the frozen ends.
     pub(super) fn has_more(&self) -> bool {
         !self.exhausted() || self.trails()
     }
@@ -296,6 +295,9 @@ async fn rebuild(owner: &mut Owner<'_>, encoder: &KeyEncoder, memory: &MemoryPla
             .map(|(fingerprint, event_time)| Key { fingerprint, event_time })
             .collect();
         builder.add(&keys).map_err(of_state)?;
+        if owner.options.interrupted() {
+            return Err(stops::interrupted());
+        }
         if renewed.elapsed() > owner.lease() / 3 {
             owner.renew().await?;
             renewed = Instant::now();

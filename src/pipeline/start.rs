@@ -103,9 +103,9 @@ fn judge_without_ledger(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> 
                 facts.table, facts.job_name
             ),
             format!(
-                "nothing was read or written; if the table was dropped on purpose, drop {} too, and begin anew with:\n  \
+                "nothing was read or written; if the table was dropped on purpose, begin anew with:\n  \
                  tidemill state discard {}",
-                facts.dead_letter_table, facts.job_shown
+                facts.job_shown
             ),
         ));
     }
@@ -120,12 +120,11 @@ fn judge_without_ledger(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> 
             ),
         ));
     }
-    if facts.dead_letter_mark.is_some() {
+    if facts.dead_letter_mark.is_some_and(|mark| !mark.is_of(facts.job_name, facts.table)) {
         return Err(Stop::new(
             Reason::OtherJob,
             format!(
-                "table {} has no ledger yet, and dead-letter table {} follows another job, or this one before its table \
-                 was dropped",
+                "table {} has no ledger yet, and dead-letter table {} follows another job",
                 facts.table, facts.dead_letter_table
             ),
             format!(
@@ -213,6 +212,10 @@ fn same_side_tables(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop
 /// The dead-letter table follows this job, and is not ahead of main.
 fn dead_letters_follow(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
     let Some(mark) = facts.dead_letter_mark else { return Ok(()) };
+    if mark.job_id != record.job_id && mark.is_of(facts.job_name, facts.table) {
+        // Its main table was dropped, and this ledger began anew: the owner claims the table again.
+        return Ok(());
+    }
     if mark.job_id != record.job_id {
         return Err(Stop::new(
             Reason::OtherJob,
@@ -394,7 +397,8 @@ mod tests {
 
     fn case(found: Found) -> Case {
         let known = record();
-        let offsets = BTreeMap::from([(TopicPartition::new("sent", 0), held(0, 1_000))]);
+        let offsets =
+            (0..3).map(|partition| (TopicPartition::new("sent", partition), held(0, 1_000))).collect();
         let sides = known.sides.iter().map(|(role, side)| (role.clone(), side.uuid)).collect();
         Case {
             found,
@@ -469,7 +473,17 @@ mod tests {
 
     fn mark(job_id: Uuid, batch: u64, generation: Option<&str>) -> SideMark {
         let generation = generation.map(str::to_owned);
-        SideMark { format: 1, job_id, role: "dead_letters".into(), epoch: 1, batch, generation }
+        let (job_name, main) = ("other".to_owned(), "events.other".to_owned());
+        SideMark {
+            format: 1,
+            job_id,
+            job_name,
+            main,
+            role: "dead_letters".into(),
+            epoch: 1,
+            batch,
+            generation,
+        }
     }
 
     #[test]
@@ -495,6 +509,20 @@ mod tests {
         let (reason, way_out) = stops_with(&case);
         assert_eq!(reason, Reason::OtherJob);
         assert!(way_out.contains("--set sink.iceberg.dead_letters.table=events.n_dead_letters_2"));
+    }
+
+    #[test]
+    fn a_dead_letter_table_of_this_job_under_an_earlier_id_is_claimed_again() {
+        let earlier = SideMark {
+            job_name: "n".into(),
+            main: "events.n".into(),
+            ..mark(Uuid::from_u128(8), 9, Some("old"))
+        };
+        for found in [Found::Nothing, Found::Record(Box::new(record()))] {
+            let mut case = case(found);
+            case.mark = Some(earlier.clone());
+            assert!(judged(&case, Allow::default()).is_ok());
+        }
     }
 
     #[test]

@@ -72,6 +72,15 @@ pub fn reading(error: SourceError) -> Stop {
     Stop { way_out, ..stop }
 }
 
+/// A signal asked the run to end.
+pub fn interrupted() -> Stop {
+    Stop::new(
+        Reason::Interrupted,
+        "interrupted by a signal",
+        "an open batch was dropped, everything before it is committed; to go on:\n  tidemill run JOB",
+    )
+}
+
 /// Catalog and warehouse.
 pub fn catalog(error: CatalogError) -> Stop {
     let reason = error.reason();
@@ -321,14 +330,18 @@ pub fn side(error: SideError, committing: Committing<'_>) -> Stop {
              tidemill run JOB",
         ),
         SideError::Mark { table, source } => {
-            Stop::new(Reason::LedgerCorrupt, format!("mark of side table {table} can not be used"), RUN_AGAIN)
+            let way_out = "put the table property tidemill.side back from an earlier metadata file, then:\n  tidemill run JOB";
+            Stop::new(Reason::LedgerCorrupt, format!("mark of side table {table} can not be used"), way_out)
                 .because(source)
         }
         SideError::Switch { table, source } => {
             let mut stop = switch(source, committing);
             stop.what = format!("side table {table} could not follow main: {}", stop.what);
-            stop.way_out = "main is committed and names the files; the next run brings the side table forward:\n  tidemill run JOB"
-                .to_owned();
+            if !matches!(stop.reason, Reason::NotAuthorized | Reason::Usage) {
+                stop.way_out =
+                    "main is committed, and the next run brings the side table forward:\n  tidemill run JOB"
+                        .to_owned();
+            }
             stop
         }
     }

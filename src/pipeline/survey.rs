@@ -65,8 +65,12 @@ impl Survey {
         let catalog = catalog::connect(&job.sink.catalog).await.map_err(stops::catalog)?;
         let main_ident = schema::table_ident(&job.sink.table).map_err(stops::schema)?;
         let dead_ident = schema::table_ident(&job.sink.dead_letters.table).map_err(stops::schema)?;
+        // Before main: what it follows has landed in main by then, so a live owner never makes it look ahead.
+        let mut dead = catalog::load(&*catalog, &dead_ident).await.map_err(stops::catalog)?;
         let main = catalog::load(&*catalog, &main_ident).await.map_err(stops::catalog)?;
-        let dead = catalog::load(&*catalog, &dead_ident).await.map_err(stops::catalog)?;
+        if dead.is_none() && main.is_some() {
+            dead = catalog::load(&*catalog, &dead_ident).await.map_err(stops::catalog)?;
+        }
         let comparison = match &main {
             Some(table) => schema::compare(table, job).map_err(stops::schema)?,
             None => Comparison::default(),

@@ -229,8 +229,18 @@ fn read_properties(mut section: Section<'_, '_>) -> BTreeMap<String, Setting> {
         }
     }
     warn_of_open_credentials(&section, &properties);
+    let sasl =
+        matches!(properties.get("security.protocol"), Some(Setting::Plain(protocol)) if is_sasl(protocol));
+    if sasl && !["sasl.mechanism", "sasl.mechanisms"].iter().any(|name| properties.contains_key(*name)) {
+        // librdkafka's own default is GSSAPI, which its build here does not have
+        section.missing("sasl.mechanism", "\"PLAIN\", \"SCRAM-SHA-256\" or \"SCRAM-SHA-512\"");
+    }
     section.finish_free();
     properties
+}
+
+fn is_sasl(protocol: &str) -> bool {
+    protocol.to_ascii_lowercase().starts_with("sasl_")
 }
 
 /// Whether a librdkafka property holds a secret (CONFIGURATION.md of librdkafka 2.12).

@@ -676,7 +676,8 @@ fn secrets_are_references_and_a_literal_is_refused_without_being_shown() {
         "header.authorization",
     ];
     let in_kafka = |name: &str, value: &str| {
-        edited("\"h:1\"", &format!("\"h:1\"\n\"security.protocol\" = \"SASL_SSL\"\n\"{name}\" = {value}"))
+        let sasl = "\"security.protocol\" = \"SASL_SSL\"\n\"sasl.mechanism\" = \"PLAIN\"";
+        edited("\"h:1\"", &format!("\"h:1\"\n{sasl}\n\"{name}\" = {value}"))
     };
     let in_catalog = |name: &str, value: &str| {
         edited(
@@ -753,6 +754,20 @@ fn a_broken_reference_is_refused() {
 }
 
 #[test]
+fn a_login_that_the_client_can_not_do_is_refused_by_name() {
+    let refused = |lines: &str| {
+        check(&edited("\"h:1\"", &format!("\"h:1\"\n{lines}")), &[]).expect_err("no such login").to_string()
+    };
+    let said = refused("\"security.protocol\" = \"SASL_SSL\"");
+    assert!(said.contains("sasl.mechanism") && said.contains("SCRAM-SHA-512"), "{said}");
+    for mechanism in ["GSSAPI", "OAUTHBEARER", "scram-sha-512"] {
+        let said =
+            refused(&format!("\"security.protocol\" = \"SASL_SSL\"\n\"sasl.mechanisms\" = \"{mechanism}\""));
+        assert!(said.contains(&format!("not built yet: sasl.mechanisms = \"{mechanism}\"")), "{said}");
+    }
+}
+
+#[test]
 fn credentials_in_the_open_are_a_warning() {
     let warnings = |from: &str, to: &str| {
         let warnings = accepted(from, to).warnings;
@@ -761,7 +776,10 @@ fn credentials_in_the_open_are_a_warning() {
     let kafka = |protocol: &str| {
         warnings(
             "\"h:1\"",
-            &format!("\"h:1\"\n\"sasl.password\" = \"env:P\"\n\"security.protocol\" = \"{protocol}\""),
+            &format!(
+                "\"h:1\"\n\"sasl.password\" = \"env:P\"\n\"sasl.mechanism\" = \"PLAIN\"\n\
+                 \"security.protocol\" = \"{protocol}\""
+            ),
         )
     };
     assert_eq!(
