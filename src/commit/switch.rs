@@ -413,3 +413,6 @@ impl Catalog for OneShot<'_> {
         Err(refuse("a commit registers no table"))
     }
 }
+
+#[cfg(test)]
+mod tests;
