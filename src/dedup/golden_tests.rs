@@ -85,11 +85,3 @@ fn version_1_is_written_as_it_always_was() {
     }
     assert_eq!(compared, 4);
 }
-
-/// Makes the fixture of a new format version, once: `cargo test --release --lib -- --ignored write_fixture`.
-#[test]
-#[ignore = "writes into the source tree"]
-fn write_fixture() {
-    fs::create_dir_all(fixture()).unwrap();
-    println!("{:?}", write_to(&fixture()));
-}
