@@ -288,6 +288,7 @@ impl<'a> Demo<'a> {
                     _ => Err(child_failed(&errors_of(&mut child))),
                 };
             }
+            // Between two looks at the phases that the child has written: the condition of the kill.
             std::thread::sleep(LOOK_EVERY);
         }
         let _ = child.kill();

@@ -183,6 +183,7 @@ pub async fn switch(switch: Switch<'_>, sending: &(dyn Fn() + Send + Sync)) -> R
         if sends >= SENDS_MAX || !sent || definite {
             return Err(SwitchError::Refused { table: name, sends, definite, source: Box::new(error) });
         }
+        // The reload above is the condition; the pause keeps two writers from marching in step.
         tokio::time::sleep(resend_pause(sends)).await;
     }
 }
@@ -247,6 +248,7 @@ async fn wait_for_clock(name: &str, table: &Table) -> Result<(), SwitchError> {
         }
         tracing::warn!(table = name, behind_ms, "clock is behind the table's last update, waiting for it");
         let wait_ms = (behind_ms - CLOCK_BEHIND_MS_MAX).clamp(100, 10_000);
+        // Until this machine's clock has caught up, which the loop looks at again.
         tokio::time::sleep(Duration::from_millis(wait_ms.unsigned_abs())).await;
     }
 }

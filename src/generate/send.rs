@@ -168,6 +168,7 @@ impl Sender {
             match self.producer.send(client_record(record)) {
                 Ok(()) => return Ok(()),
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => {
+                    // The producer's own thread makes room; the next try is the condition.
                     std::thread::sleep(QUEUE_FULL_WAIT);
                 }
                 Err((source, _)) => {
@@ -272,6 +273,7 @@ fn await_topics(
             let reason = format!("the brokers do not list it after {} s", ADMIN_TIME_MAX.as_secs());
             return Err(GenerateError::TopicNotCreated { topic, partitions, reason });
         }
+        // Until the brokers list the topic, which the loop asks again, or the bound above.
         std::thread::sleep(TOPIC_KNOWN_WAIT);
     }
 }

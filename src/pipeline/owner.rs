@@ -38,6 +38,8 @@ use crate::stop::{Reason, Stop};
 
 /// A lease outlives this many of the longest microbatches: each commit renews it.
 const LEASE_MICROBATCHES: u32 = 3;
+/// How long the head must stand still before an expired lease is believed.
+const HEAD_STILL_TIME: Duration = Duration::from_secs(2);
 /// Shortest lease: a slow close of files or a rebuild must not look like a death.
 const LEASE_MIN: Duration = Duration::from_secs(10 * 60);
 
@@ -215,8 +217,8 @@ async fn await_lease(
         LeaseVerdict::Free | LeaseVerdict::OwnerDead => Ok(()),
         LeaseVerdict::Busy { until_ms } => Err(busy(until_ms)),
         LeaseVerdict::Expired => {
-            // A live owner whose clock is wrong still moves the head; give it a moment to show.
-            tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+            // A live owner whose clock is wrong still moves the head. That nothing happens is what is waited for (R9).
+            tokio::time::sleep(HEAD_STILL_TIME).await;
             let again = switch::reload(&survey.catalog, &survey.main_ident).await.map_err(|error| {
                 stops::data(format!("table {table} can not be read"), catalog::reason_of(&error), *error)
             })?;

@@ -407,6 +407,7 @@ impl<'a> Question<'a> {
                 last: format!("{code}; {}", context.last_error()),
             });
         }
+        // The client tells of no condition: the next answer is the condition, and the whole question has a bound.
         thread::sleep(ASK_AGAIN_AFTER);
         Ok(())
     }

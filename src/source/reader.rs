@@ -623,6 +623,7 @@ impl Reader {
         }
         tracing::warn!(topic_partition = %slot.topic_partition, next = %slot.next, "{problem}; reading again");
         slot.last_problem = Some(problem);
+        // Nothing to wait for: whether the broker mended the batch shows only by reading it again.
         std::thread::sleep(REREAD_AFTER);
         self.start_client()
     }
