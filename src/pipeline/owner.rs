@@ -224,6 +224,13 @@ async fn await_lease(
             })?;
             match ledger::inspect(again.metadata()) {
                 Ok(Found::Record(now) | Found::CutOff(now)) if now.attempt == record.attempt => Ok(()),
+                // Rolled back when it was surveyed, and still: nobody commits, so the stop of the start table is true.
+                Ok(Found::RolledBack { newer, .. })
+                    if newer.attempt == record.attempt
+                        && matches!(survey.found, Found::RolledBack { .. }) =>
+                {
+                    Ok(())
+                }
                 _ => Err(busy(record.lease_until_ms)),
             }
         }
@@ -679,9 +686,12 @@ pub async fn move_offsets(
         prepared.survey.main_ident
     ))?;
     let mut topics = record.topics.clone();
+    let cluster = prepared.survey.cluster.cluster_id.as_ref();
+    let other_cluster = changed(record.cluster_id.as_ref(), cluster);
     for (topic, found) in prepared.survey.topic_ids() {
         let known = topics.entry(topic).or_default();
-        *known = found.or(*known);
+        // An id of another cluster says nothing about a topic of this one.
+        *known = if other_cluster { found } else { found.or(*known) };
     }
     let cluster_id = prepared.survey.cluster.cluster_id.clone().or(record.cluster_id);
     let partition_counts: BTreeMap<String, i32> =
