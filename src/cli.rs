@@ -134,8 +134,16 @@ pub(crate) struct OffsetsArgs {
 
 #[derive(Debug, Subcommand)]
 enum StateCommand {
-    /// List the generations and segments of a job's state folder
-    Inspect(JobArgs),
+    /// List the generations of a job's state folder, or print what any file of it says
+    ///
+    /// A manifest is printed as JSON, a segment with the facts of its sections. A damaged file is named with the byte that is
+    /// wrong. No other file is needed, and nothing is changed.
+    Inspect(state::InspectArgs),
+    /// Compute disk, memory and speed of a dedup state from keys, window, rate and device
+    ///
+    /// Arithmetic alone, unless a job is named: then it also shows how a batch would go through the state that is there,
+    /// section by section, and measures the device for a tenth of a second if that state is larger than its memory.
+    Plan(state::PlanArgs),
     /// Read every page of the newest generation and check it
     Verify(JobArgs),
     /// Delete a job's local state, so that the job may start anew on a table without ledger
@@ -156,7 +164,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     terminal::start_logging(&cli.log);
     let json = cli.json;
-    let job_shown = cli.command.job().map(JobArgs::shown);
+    let job_shown = cli.command.job().map(|job| job.shown());
     let result = match cli.command {
         Command::Run(args) => run::run(&args, json),
         Command::Check(args) => check::check(&args, json),
@@ -166,6 +174,7 @@ pub fn main() -> ExitCode {
         Command::RebaseOffsets(args) => offsets::rebase(&args, json),
         Command::AcceptLoss(args) => offsets::accept_loss(&args, json),
         Command::State(StateCommand::Inspect(args)) => state::inspect(&args, json),
+        Command::State(StateCommand::Plan(args)) => state::plan(&args, json),
         Command::State(StateCommand::Verify(args)) => state::verify(&args, json),
         Command::State(StateCommand::Discard { job, yes }) => state::discard(&job, yes, json),
         Command::Completions { shell } => {
@@ -188,14 +197,18 @@ pub fn main() -> ExitCode {
 
 impl Command {
     /// The job that the command is about.
-    fn job(&self) -> Option<&JobArgs> {
+    fn job(&self) -> Option<JobArgs> {
         match self {
-            Self::Run(args) => Some(&args.job),
-            Self::Check(args) | Self::Plan(args) => Some(args),
-            Self::RebaseOffsets(args) | Self::AcceptLoss(args) => Some(&args.job),
-            Self::State(StateCommand::Inspect(args) | StateCommand::Verify(args)) => Some(args),
-            Self::State(StateCommand::Discard { job, .. }) => Some(job),
-            Self::Demo(_) | Self::Generate(_) | Self::Completions { .. } => None,
+            Self::Run(args) => Some(args.job.clone()),
+            Self::Check(args) | Self::Plan(args) => Some(args.clone()),
+            Self::RebaseOffsets(args) | Self::AcceptLoss(args) => Some(args.job.clone()),
+            Self::State(StateCommand::Verify(args)) => Some(args.clone()),
+            Self::State(StateCommand::Plan(args)) => args.job(),
+            Self::State(StateCommand::Discard { job, .. }) => Some(job.clone()),
+            Self::State(StateCommand::Inspect(_))
+            | Self::Demo(_)
+            | Self::Generate(_)
+            | Self::Completions { .. } => None,
         }
     }
 }

@@ -6,12 +6,12 @@
 //!
 //! Words. A *segment* is an immutable file of sorted fingerprints with a section per bucket of event time. A
 //! *generation* is a manifest file that lists the live segments. A *bucket* is a slice of event time; expiry
-//! will drop whole buckets from a manifest, without a scan. Each layout stands in one file only: `dedup/segment.rs`,
-//! `dedup/page.rs`, `dedup/filter.rs` and `dedup/generation.rs`.
+//! drops whole buckets from a manifest, without a scan: see `dedup/window.rs`. Each layout stands in one file only:
+//! `dedup/segment.rs`, `dedup/page.rs`, `dedup/filter.rs` and `dedup/generation.rs`.
 //!
 //! Invariants
 //! 1. A key is a duplicate only because an equal fingerprint was read from an intact page or stands among the
-//!    pending keys. A filter says "certainly new" or nothing; it never drops a key alone.
+//!    pending keys or those written last. A filter says "certainly new" or nothing; it never drops a key alone.
 //! 2. A piece of a file that is missing, torn, flipped or from elsewhere is an error, never "not seen".
 //! 3. Files never change once they are named. A name carries epoch, batch and attempt and is taken exclusively,
 //!    so what an aborted attempt left can not be seen by another attempt of the same batch.
@@ -24,47 +24,76 @@
 //! 3. The folder is synced: the same, and now it survives.
 //! 4. The caller's commit names the generation: from here on, and only from here, it is the state.
 //!
-//! Before step 4 the generation before is whole and in use; what was left behind is removed by [`sweep`] once a
-//! later epoch owns the table. Nothing is renamed and nothing is overwritten, so there is no step at which an
-//! older generation is damaged.
+//! Before step 4 the generation before is whole and in use; what was left behind is removed by [`Store::sweep`] after
+//! a later commit, or by [`sweep`] once a later epoch owns the table. Nothing is renamed and nothing is overwritten, so
+//! there is no step at which an older generation is damaged.
 //!
-//! Bounds. Memory does not grow with the number of keys on disk: `memory_bytes` covers pinned filters and page
-//! indexes, read windows and merge buffers; beside it stand about 200 bytes per section (segments times
-//! buckets), 11 bytes per 256 pages (per 110 000 keys: 0.1 MB per billion), 40 bytes per key of the probe batch
-//! in work, and the pending keys, which the caller bounds by [`Store::pending_bytes`]. Open files: one per
-//! segment, and segments are at most seven per tier of eight.
+//! Ways of a lookup stand in `dedup/access.rs`, reads in `dedup/reads.rs`, what stays in memory in `dedup/pins.rs`,
+//! merges in `dedup/tiers.rs`, expiry in `dedup/window.rs`, and what all of it costs in [`sizing`].
+//!
+//! Bounds. Memory does not grow with the number of keys on disk: `memory_bytes` covers filters, page indexes and pages
+//! that stay in memory, buffers of reads in flight, recent keys and the buffers of one merge; each further merge that
+//! runs takes up to 4 MiB, and each merge 1.2 MB of decoded keys. Beside it stand about 200 bytes per section (segments times buckets), 11 bytes per 256 pages
+//! (per 130 000 keys: 0.1 MB per billion), 37 bytes per key of the probe batch in work (53 with `same_time`), and the
+//! pending keys, which the caller bounds by [`Store::pending_bytes`]. Open files: two per segment, and segments are at
+//! most 15 per tier of eight.
 
+mod access;
 mod bucket;
 mod builder;
+mod device;
 mod disk;
 mod filter;
+#[doc(hidden)]
+pub mod fuzz;
 mod generation;
+mod inspect;
 mod lookup;
 mod merge;
 mod page;
 mod pending;
 mod pins;
+mod reads;
+mod recent;
 mod segment;
+pub mod sizing;
 mod store;
+mod tiers;
+mod uring;
 mod verify;
+mod window;
 
+#[cfg(test)]
+mod corruption_tests;
+#[cfg(test)]
+mod fuzz_tests;
 #[cfg(test)]
 mod golden_tests;
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod store_tests;
+#[cfg(test)]
+mod window_tests;
 
 use std::fmt;
 use std::io;
 
 use uuid::Uuid;
 
-pub use bucket::{Bucket, BucketTally, Digest, FLOOR_BUCKETS, Tally, bucket_width_ms};
+pub use access::{Access, AccessPlan, SectionAccess, access_plan};
+pub use bucket::{Bucket, BucketTally, Digest, ERAS_MAX, Era, FLOOR_BUCKETS, Tally, bucket_width_ms};
 pub use builder::{Builder, RebuildReport};
+#[doc(hidden)]
+pub use filter::FilterAlone;
 pub use generation::{
     GenerationInfo, GenerationName, GenerationRef, SweepReport, list_generations, set_aside, sweep,
 };
+pub use inspect::{Content, Inspection, ManifestFacts, SectionFacts, SegmentFacts, inspect, is_state_file};
+pub use pins::PinStats;
 pub use store::{Store, StoreStats};
-pub use verify::{VerifyReport, verify};
+pub use verify::{VerifyProgress, VerifyReport, verify, verify_with_progress};
+pub use window::{Loan, LoanBuilder};
 
 use crate::event_time::EventTimeMs;
 use crate::fingerprint::Fingerprint;
@@ -89,8 +118,8 @@ pub struct StoreSpec {
     /// Number of shards: a power of two. A shard is a range of the highest bits of fingerprints, so a range of
     /// every section's pages; it has no files of its own.
     pub shards: u32,
-    /// Width of a bucket, in milliseconds, at least 1: see [`bucket_width_ms`]. Rules in the first generation
-    /// only; later ones keep the width that their manifest names, whatever stands here.
+    /// Width of a bucket, in milliseconds, at least 1: see [`bucket_width_ms`]. Rules for buckets after those that
+    /// hold keys already; their boundaries are facts of their manifest.
     pub bucket_width_ms: i64,
     /// Where a key's earlier copy is looked for: in every live bucket, or in the key's own.
     pub repeats: Repeats,
@@ -177,10 +206,11 @@ pub enum StoreError {
         /// The bound.
         buckets_max: usize,
     },
-    /// The state does not know all keys of this event time, so it can not prove a key new. Set such rows aside
-    /// before the probe.
+    /// The bucket of this event time has expired, so the state can not prove a key new. Lend it first what
+    /// [`Store::missing_buckets`] names.
     #[error(
-        "event time {event_time} lies before {complete_since}, from where on the dedup state is complete"
+        "event time {event_time} lies before {complete_since}, from where on the dedup state is complete, and its bucket \
+         is not lent; read the bucket from the table and lend it first"
     )]
     BeforeComplete {
         /// Of the key.
@@ -244,10 +274,12 @@ impl StoreSpec {
 /// How `memory_bytes` is shared out.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
-    /// Filters and page indexes that stay in memory.
+    /// Filters, page indexes and pages that stay in memory.
     pinned_bytes_max: u64,
-    /// One read of filter or data pages.
-    window_bytes_max: usize,
+    /// Buffers of reads in flight.
+    read_buffer_bytes: u64,
+    /// Keys that were written lately and stay in memory.
+    recent_keys_max: u64,
     /// One read of one input of a merge.
     merge_read_bytes_max: usize,
     /// One write of a segment's filter or pages.
@@ -256,16 +288,28 @@ struct Limits {
 
 /// Largest single read or write; 128 to 512 KiB were equal on a virtual disk of 1 GB/s.
 const TRANSFER_BYTES_MAX: u64 = 256 << 10;
+/// Most bytes of read buffers: four workers with 32 reads of 256 KiB.
+const READ_BUFFER_BYTES_MAX: u64 = 34 << 20;
+/// Most keys that are kept as recent: most repeats come within minutes, and each batch walks all of them.
+const RECENT_KEYS_MAX: u64 = 8 << 20;
 
 impl Limits {
     fn of(memory_bytes: u64) -> Self {
         let memory = memory_bytes.max(STORE_MEMORY_BYTES_MIN);
         let transfer = |share: u64| share.clamp(page::PAGE_BYTES as u64, TRANSFER_BYTES_MAX) as usize;
+        let read_buffer_bytes = (memory / 8).min(READ_BUFFER_BYTES_MAX);
+        let recent_keys_max = (memory / 8 / recent::RECENT_KEY_BYTES).min(RECENT_KEYS_MAX);
+        let merge_read_bytes_max = transfer(memory / 8 / merge::FAN_IN as u64);
+        let write_bytes_max = transfer(memory / 32);
+        let others = read_buffer_bytes
+            + recent_keys_max * recent::RECENT_KEY_BYTES
+            + (merge_read_bytes_max * merge::FAN_IN + 2 * write_bytes_max) as u64;
         Self {
-            pinned_bytes_max: memory / 2,
-            window_bytes_max: transfer(memory / 8),
-            merge_read_bytes_max: transfer(memory / 4 / merge::FAN_IN as u64),
-            write_bytes_max: transfer(memory / 16),
+            pinned_bytes_max: memory.saturating_sub(others),
+            read_buffer_bytes,
+            recent_keys_max,
+            merge_read_bytes_max,
+            write_bytes_max,
         }
     }
 }

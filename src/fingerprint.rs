@@ -269,8 +269,9 @@ impl KeyEncoder {
     }
 
     /// Names everything that decides which keys are equal and where they are looked for, as 32 hex digits. Two
-    /// states with different hashes can not be used for one another.
-    pub fn key_spec_hash(&self, shards: u32, event_time_column: &str, repeats: Repeats) -> String {
+    /// states with different hashes can not be used for one another. `bucket_source` says where the time of a key's bucket
+    /// comes from: [`Job::bucket_source`](crate::job::Job::bucket_source).
+    pub fn key_spec_hash(&self, shards: u32, bucket_source: &str, repeats: Repeats) -> String {
         let mut text = Vec::new();
         let mut part = |bytes: &[u8]| {
             text.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
@@ -281,7 +282,7 @@ impl KeyEncoder {
         part(&FINGERPRINT_BITS.to_le_bytes());
         part(&self.seed.to_le_bytes());
         part(&shards.to_le_bytes());
-        part(event_time_column.as_bytes());
+        part(bucket_source.as_bytes());
         part(match repeats {
             Repeats::AnyTime => b"any_time",
             Repeats::SameTime => b"same_time",

@@ -222,6 +222,50 @@ pub struct Dedup {
     pub repeats: Repeats,
     /// Number of shards: a power of two, 1 to 4096.
     pub shards: u32,
+    /// Where the time of a key's bucket comes from.
+    pub bucket_from: BucketFrom,
+    /// What happens to an event whose bucket has left the state. Only `check` is built.
+    pub beyond_window: BeyondWindow,
+}
+
+/// `bucket_from` and `id_column`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BucketFrom {
+    /// The event time of the row.
+    EventTime,
+    /// The time that an id of the key tells, so that it is the same for every copy.
+    Id {
+        /// Which kind of id.
+        kind: IdKind,
+        /// A column of the key.
+        column: String,
+    },
+}
+
+/// Kinds of ids that tell when they were made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdKind {
+    /// UUID version 7, RFC 9562.
+    Uuid7,
+    /// ULID.
+    Ulid,
+}
+
+impl IdKind {
+    /// As the job file names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uuid7 => "uuid7",
+            Self::Ulid => "ulid",
+        }
+    }
+}
+
+/// `beyond_window`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BeyondWindow {
+    /// Its bucket is read from the table, and the event looked up in it.
+    Check,
 }
 
 /// `repeats`.
@@ -300,6 +344,19 @@ pub struct DeadLetterSink {
     pub table: Vec<String>,
     /// Share of refused rows above which a batch of at least [`BRAKE_RECORDS_MIN`] rows is not committed. 0 to 1.
     pub ratio_max: f64,
+}
+
+impl Job {
+    /// Where the time of a key's bucket comes from, as the key spec states it: the event-time column, and before it kind
+    /// and column of the id, if an id says it.
+    pub fn bucket_source(&self) -> String {
+        match &self.dedup.bucket_from {
+            BucketFrom::EventTime => self.event_time.column.clone(),
+            BucketFrom::Id { kind, column } => {
+                format!("{} of {column}, event time {}", kind.name(), self.event_time.column)
+            }
+        }
+    }
 }
 
 impl Setting {

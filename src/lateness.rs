@@ -51,6 +51,12 @@ impl Lateness {
         }
     }
 
+    /// The latest time that is believed of a record. One without Kafka timestamp is held against the cut time.
+    pub fn limit(&self, timestamp_ms: Option<i64>, cut_time_ms: i64) -> EventTimeMs {
+        let believed = timestamp_ms.unwrap_or(cut_time_ms).min(cut_time_ms);
+        EventTimeMs(believed).plus_ms(self.ahead_max_ms)
+    }
+
     /// Judges the next row of a slot. A record without Kafka timestamp is held against the cut time.
     pub fn judge(
         &mut self,
@@ -59,8 +65,7 @@ impl Lateness {
         timestamp_ms: Option<i64>,
         cut_time_ms: i64,
     ) -> TimeVerdict {
-        let believed = timestamp_ms.unwrap_or(cut_time_ms).min(cut_time_ms);
-        let limit = EventTimeMs(believed).plus_ms(self.ahead_max_ms);
+        let limit = self.limit(timestamp_ms, cut_time_ms);
         if event_time > limit {
             return TimeVerdict::Ahead { limit };
         }
@@ -77,10 +82,14 @@ impl Lateness {
         &self.max_event_times
     }
 
-    /// The lane's watermark at a cut: the minimum over slots that are not idle, never below `before`. A slot is idle if
-    /// it never had an event, or is read to its end (`at_end`) and trails the leader by more than `idle_after`.
+    /// The lane's watermark at a cut: the minimum over slots that are not idle, never below `before`; `before` itself while
+    /// a slot with backlog had no event yet. A slot is idle if it is read to its end and never had an event, or is read to its end (`at_end`) and trails the leader by more than `idle_after`.
     pub fn watermark(&self, before: Option<EventTimeMs>, at_end: &[bool]) -> Option<EventTimeMs> {
         let Some(leader) = self.max_event_times.iter().flatten().max() else { return before };
+        // A slot with backlog and no event yet may hold the oldest of all: nothing is known of its time.
+        if self.max_event_times.iter().zip(at_end).any(|(max, at_end)| max.is_none() && !at_end) {
+            return before;
+        }
         let holding = self.max_event_times.iter().zip(at_end).filter_map(|(max, &at_end)| {
             let max = (*max)?;
             let idle = at_end && max < leader.minus_ms(self.idle_after_ms);
@@ -150,6 +159,15 @@ mod tests {
         let lateness = Lateness::new(&rule(), times);
         assert_eq!(lateness.watermark(None, &[true, true, true]), Some(EventTimeMs(9_900)));
         assert_eq!(lateness.watermark(None, &[true, false, true]), Some(EventTimeMs(900)));
+    }
+
+    #[test]
+    fn a_slot_with_backlog_and_no_event_yet_holds_the_watermark_where_it_is() {
+        let mut lateness = Lateness::new(&rule(), vec![None, None]);
+        lateness.judge(0, EventTimeMs(10_000), None, FAR);
+        assert_eq!(lateness.watermark(None, &[true, false]), None);
+        assert_eq!(lateness.watermark(Some(EventTimeMs(7)), &[true, false]), Some(EventTimeMs(7)));
+        assert_eq!(lateness.watermark(None, &[true, true]), Some(EventTimeMs(9_900)));
     }
 
     #[test]

@@ -44,11 +44,13 @@ pub enum ReasonCode {
     MissingEventTime,
     /// The event time lies too far ahead of the record's Kafka timestamp or the batch's cut time.
     EventTimeAhead,
+    /// The id that should tell the bucket is no such id.
+    IdWithoutTime,
 }
 
 impl ReasonCode {
     /// All codes, in the order of the enumeration.
-    pub const ALL: [ReasonCode; 19] = [
+    pub const ALL: [ReasonCode; 20] = [
         Self::Tombstone,
         Self::EmptyPayload,
         Self::RecordTooLarge,
@@ -68,6 +70,7 @@ impl ReasonCode {
         Self::EmptyKey,
         Self::MissingEventTime,
         Self::EventTimeAhead,
+        Self::IdWithoutTime,
     ];
 
     /// The name that stands in the dead-letter table.
@@ -92,6 +95,7 @@ impl ReasonCode {
             Self::EmptyKey => "empty_key",
             Self::MissingEventTime => "missing_event_time",
             Self::EventTimeAhead => "event_time_ahead",
+            Self::IdWithoutTime => "id_without_time",
         }
     }
 }

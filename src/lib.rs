@@ -16,6 +16,7 @@ pub mod dedup;
 pub mod event_time;
 pub mod fingerprint;
 pub mod generate;
+pub mod id_time;
 pub mod job;
 pub mod lateness;
 pub mod letter;

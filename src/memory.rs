@@ -17,6 +17,9 @@ pub const MEMORY_BYTES_MIN: u64 = 256 << 20;
 /// verdict, rounded up.
 const PROBE_RECORD_BYTES: u64 = 256;
 
+/// What reading one data file's key columns takes: a row group of a million ids of 36 characters, and its batches.
+const SCAN_READER_BYTES: u64 = 48 << 20;
+
 /// Who may hold how much, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct MemoryPlan {
@@ -74,9 +77,22 @@ impl MemoryPlan {
         self.dedup / 2
     }
 
-    /// Dedup's share without the open microbatch's keys.
+    /// Dedup's share without the open microbatch's keys and without loans.
     pub fn dedup_lookup_bytes(&self) -> u64 {
-        self.dedup / 2
+        self.dedup / 2 - self.loan_bytes()
+    }
+
+    /// Keys that are sorted while a bucket beyond the window is read from the table.
+    pub fn loan_bytes(&self) -> u64 {
+        self.dedup / 16
+    }
+
+    /// Data files that are read at once when keys are read from the table: as many as half of decode's share and the
+    /// processors allow. A reader holds one row group of the key columns, compressed, and batches of it.
+    pub fn scan_readers(&self) -> usize {
+        let by_memory = (self.decode / 2 / SCAN_READER_BYTES).max(1);
+        let by_processors = std::thread::available_parallelism().map_or(1, usize::from);
+        by_processors.min(usize::try_from(by_memory).unwrap_or(usize::MAX))
     }
 }
 

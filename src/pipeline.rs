@@ -14,8 +14,10 @@
 //! 4. Main n+1 is not sent before the side tables have n (R10).
 
 pub mod history;
+mod keys;
 mod microbatch;
 mod owner;
+mod rebuild;
 pub mod report;
 mod session;
 pub mod start;
@@ -144,6 +146,14 @@ pub fn describe_start(loaded: &LoadedJob, survey: &survey::Survey, job_shown: &s
     let record = owner::judge(survey, &loaded.job, &options, start::Allow::default())?;
     Ok(match record {
         None => "a run would be the first: it records the start offsets, then reads".to_owned(),
-        Some(record) => format!("a run would go on from batch {}", record.batch),
+        Some(record) => {
+            let goes_on = format!("a run would go on from batch {}", record.batch);
+            match rebuild::widened(&record, &loaded.job) {
+                Some((since, before)) => format!(
+                    "{goes_on}; its window was widened: it would first read the keys from {since} to {before} from the table"
+                ),
+                None => goes_on,
+            }
+        }
     })
 }

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use iceberg::transaction::{ApplyTransactionAction, Transaction};
+use rdkafka::config::ClientConfig;
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use tempfile::TempDir;
 use tidemill::catalog;
 use tidemill::commit::ledger::{self, Found, LedgerRecord};
@@ -409,4 +411,225 @@ fn another_job_on_the_table_and_another_key_are_refused_by_name() {
     assert_eq!(stop.reason, Reason::Usage);
     bench.run(&[]);
     bench.assert_exact();
+}
+
+/// Event time zero of the jobs below: a whole hour, long ago.
+const BEGIN_MS: i64 = 1_699_999_200_000;
+const MINUTE_MS: i64 = 60_000;
+
+/// A topic of one partition whose events a test writes one by one, under a window of an hour.
+struct Small {
+    folder: TempDir,
+    broker: Broker,
+    producer: BaseProducer,
+    runtime: tokio::runtime::Runtime,
+    dedup: &'static str,
+}
+
+impl Small {
+    fn new(dedup: &'static str) -> Self {
+        let broker = Broker::start().unwrap();
+        broker.create_topics(&["events".to_owned()], 1).unwrap();
+        let producer = ClientConfig::new()
+            .set("bootstrap.servers", broker.bootstrap())
+            .create::<BaseProducer>()
+            .unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let folder = TempDir::new().unwrap();
+        let small = Self { folder, broker, producer, runtime, dedup };
+        let below = |name: &str| small.folder.path().join(name).display().to_string();
+        let text = format!(
+            r#"version = 1
+name = "small"
+memory = "256 MiB"
+state_dir = {state:?}
+[source.kafka]
+topics = ["events"]
+[source.kafka.properties]
+"bootstrap.servers" = {bootstrap:?}
+[decode.columns]
+event_id = {{ type = "string", required = true }}
+event_time = {{ type = "timestamptz", path = "$.ts", unit = "ms", required = true }}
+[event_time]
+column = "event_time"
+watermark_delay = "0s"
+[dedup]
+key = ["event_id"]
+{dedup}
+[sink.iceberg]
+table = "demo.small"
+partition_by = ["hour(event_time)"]
+catalog = {{ type = "sql", uri = {catalog:?}, warehouse = {warehouse:?} }}
+"#,
+            state = below("state"),
+            bootstrap = small.broker.bootstrap(),
+            dedup = small.dedup,
+            catalog = format!("sqlite:{}", below("catalog.db")),
+            warehouse = below("warehouse"),
+        );
+        fs::write(small.folder.path().join("job.toml"), text).unwrap();
+        small
+    }
+
+    fn load(&self, sets: &[&str]) -> LoadedJob {
+        let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+        file::read(&self.folder.path().join("job.toml"), &sets, &|_| None).unwrap()
+    }
+
+    /// Sends events (id, minutes after the begin).
+    fn send(&self, events: &[(&str, i64)]) {
+        for (id, minute) in events {
+            let payload = format!(r#"{{"event_id":"{id}","ts":{}}}"#, BEGIN_MS + minute * MINUTE_MS);
+            self.producer.send(BaseRecord::<(), _>::to("events").payload(&payload)).unwrap();
+        }
+        self.producer.flush(std::time::Duration::from_secs(30)).unwrap();
+    }
+
+    fn run_noting(&self, sets: &[&str]) -> (Result<Summary, Stop>, Vec<String>) {
+        let mut notes = Notes::default();
+        let options = RunOptions { job_shown: "job.toml".into(), ..RunOptions::default() };
+        let loaded = self.load(sets);
+        let result = self.runtime.block_on(pipeline::run(&loaded, &options, &mut notes));
+        (result, notes.0)
+    }
+
+    /// Sends, runs, and gives how many were written and how many were repeats.
+    fn take(&self, events: &[(&str, i64)], sets: &[&str]) -> (u64, u64, Summary) {
+        self.send(events);
+        let summary = self.run_noting(sets).0.unwrap();
+        (summary.counts.written, summary.counts.duplicate, summary)
+    }
+
+    fn copies(&self, id: &str) -> u64 {
+        let rows = self.runtime.block_on(history::count_by(&self.load(&[]), "event_id")).unwrap();
+        rows.get(id).copied().unwrap_or(0)
+    }
+
+    fn record(&self) -> LedgerRecord {
+        let job = self.load(&[]).job;
+        let table = self.runtime.block_on(async {
+            let catalog = catalog::connect(&job.sink.catalog).await.unwrap();
+            let ident = schema::table_ident(&job.sink.table).unwrap();
+            catalog::load(&*catalog, &ident).await.unwrap().unwrap()
+        });
+        match ledger::inspect(table.metadata()).unwrap() {
+            Found::Record(record) => *record,
+            other => panic!("no ledger record: {other:?}"),
+        }
+    }
+
+    fn lose_state(&self) {
+        fs::remove_dir_all(survey::state_folder(&self.load(&[]).job)).unwrap();
+    }
+}
+
+fn minute(minutes: i64) -> Option<String> {
+    Some(tidemill::event_time::EventTimeMs(BEGIN_MS + minutes * MINUTE_MS).to_string())
+}
+
+#[test]
+fn old_buckets_expire_and_events_beyond_the_window_are_looked_up_in_the_table() {
+    let job = Small::new("window = \"1 hour\"");
+    let (written, duplicate, first) = job.take(&[("a", 0), ("b", 5), ("c", 15), ("a", 0)], &[]);
+    assert_eq!((written, duplicate, first.complete_since), (3, 1, None));
+    // The watermark is now at minute 180, so the window reaches back to minute 120.
+    let (_, _, second) = job.take(&[("d", 180)], &[]);
+    assert_eq!((second.state_keys, second.complete_since, second.watermark), (1, minute(20), minute(180)));
+    assert_eq!(job.record().buckets.len(), 1, "the ledger counts live buckets only");
+
+    // a stands in the table, e does not; c comes with another event time, and its first copy lies in another bucket, which
+    // has expired and is not asked for.
+    let (written, duplicate, third) = job.take(&[("a", 0), ("e", 1), ("e", 1), ("c", 181)], &[]);
+    assert_eq!((written, duplicate, third.buckets_lent), (2, 2, 1));
+    assert_eq!((job.copies("a"), job.copies("e"), job.copies("c")), (1, 1, 2));
+    assert_eq!(third.state_keys, 2, "a bucket that was read from the table is not kept");
+    let (written, duplicate, fourth) = job.take(&[("e", 1), ("c", 15), ("f", 182)], &[]);
+    assert_eq!((written, duplicate, fourth.buckets_lent), (1, 2, 2));
+}
+
+#[test]
+fn a_bucket_in_its_grace_is_asked_on_disk_and_not_in_the_table() {
+    let job = Small::new("window = \"1 hour\"");
+    job.take(&[("a", 5)], &[]);
+    // The end of the first bucket, minute 10, has just left the window.
+    let (_, _, expired) = job.take(&[("b", 72)], &[]);
+    assert_eq!(expired.complete_since, minute(10));
+    let (written, duplicate, later) = job.take(&[("a", 5), ("c", 6), ("c", 6)], &[]);
+    assert_eq!((written, duplicate, later.buckets_lent), (1, 2, 0));
+}
+
+#[test]
+fn a_state_that_is_lost_after_buckets_expired_is_rebuilt_with_the_live_ones() {
+    let job = Small::new("window = \"1 hour\"\nrepeats = \"same_time\"");
+    job.take(&[("a", 0), ("b", 5), ("c", 15)], &[]);
+    job.take(&[("d", 180), ("e", 175)], &[]);
+    let before = job.record();
+    job.lose_state();
+    job.send(&[("d", 180), ("e", 175), ("a", 0), ("g", 181)]);
+    // A rebuild that made other buckets than the ledger counts would stop with MISSING_KEYS.
+    let (result, notes) = job.run_noting(&[]);
+    let summary = result.unwrap();
+    assert_eq!((summary.counts.written, summary.counts.duplicate), (1, 3));
+    assert!(
+        notes.iter().any(|note| note.contains("rebuilt the dedup state: 2 keys from 2 rows")),
+        "{notes:?}"
+    );
+    assert_eq!(job.record().dedup.complete_since, before.dedup.complete_since);
+    assert_eq!(summary.state_keys, 3);
+}
+
+#[test]
+fn a_widened_window_reads_its_keys_first_and_a_narrowed_one_forgets_them() {
+    let job = Small::new("window = \"1 hour\"");
+    job.take(&[("a", 0), ("b", 5), ("c", 95)], &[]);
+    job.take(&[("d", 180)], &[]);
+    assert_eq!(job.record().dedup.complete_since.map(|time| time.to_string()), minute(100));
+    let wide = ["dedup.window=\"6 hours\""];
+    // With any_time a repeat is found whatever event time it carries, as soon as its first copy is back in the window.
+    job.send(&[("a", 181), ("b", 181), ("c", 182), ("d", 182), ("e", 183)]);
+    let (result, notes) = job.run_noting(&wide);
+    let summary = result.unwrap();
+    assert_eq!((summary.counts.written, summary.counts.duplicate, summary.buckets_lent), (1, 4, 0));
+    assert!(notes.iter().any(|note| note.contains("the window was widened")), "{notes:?}");
+    assert!(notes.iter().any(|note| note.contains("3 keys from 3 rows")), "{notes:?}");
+    assert_eq!(summary.state_keys, 5);
+    assert!(!job.record().dedup.eras.is_empty(), "earlier buckets keep their width");
+
+    job.lose_state();
+    let (written, duplicate, _) = job.take(&[("a", 240), ("f", 260)], &wide);
+    assert_eq!((written, duplicate), (1, 1), "the buckets of both widths were rebuilt");
+
+    let (_, _, narrow) = job.take(&[("g", 261)], &[]);
+    assert_eq!(narrow.complete_since, minute(190));
+    let (written, duplicate, last) = job.take(&[("a", 0), ("e", 183), ("g", 261)], &[]);
+    assert_eq!((written, duplicate, last.buckets_lent > 0), (0, 3, true));
+}
+
+fn uuid7(minute: i64, rest: u64) -> String {
+    let ms = (BEGIN_MS + minute * MINUTE_MS) as u128;
+    let id = ms << 80 | 0x7 << 76 | 0b10 << 62 | u128::from(rest);
+    uuid::Uuid::from_u128(id).to_string()
+}
+
+#[test]
+fn ids_that_tell_their_time_find_a_repeat_whatever_event_time_it_carries() {
+    let job = Small::new("window = \"1 hour\"\nrepeats = \"same_time\"\nbucket_from = \"uuid7\"");
+    let (old, late, new) = (uuid7(0, 1), uuid7(1, 2), uuid7(180, 3));
+    let (written, duplicate, _) = job.take(&[(&old, 0), (&old, 30)], &[]);
+    assert_eq!((written, duplicate), (1, 1), "the repeat lies in the bucket of its id");
+    job.take(&[(&new, 180)], &[]);
+    let (written, duplicate, summary) = job.take(&[(&old, 181), (&late, 181), (&new, 182)], &[]);
+    assert_eq!((written, duplicate, summary.buckets_lent), (1, 2, 1));
+
+    // No id of that kind, and one whose clock runs ahead: neither reaches the state.
+    let ahead = uuid7(100 * 365 * 24 * 60, 4);
+    let (written, _, summary) = job.take(&[("no-id", 183), (&ahead, 183), (&new, 184)], &[]);
+    assert_eq!((written, summary.counts.dead_letter), (0, 2));
+    assert_eq!(summary.watermark, minute(184));
+
+    job.lose_state();
+    let (written, duplicate, _) = job.take(&[(&old, 185), (&late, 185), (&new, 186)], &[]);
+    assert_eq!((written, duplicate), (0, 3), "a rebuild takes the buckets from the ids too");
+    let other = job.run_noting(&["dedup.bucket_from=event_time"]).0.unwrap_err();
+    assert_eq!(other.reason, Reason::KeySpecChanged);
 }

@@ -66,6 +66,7 @@ struct LedgerPlan {
     released: bool,
     owner: String,
     watermark: Option<String>,
+    complete_since: Option<String>,
 }
 
 /// Asks, prints, changes nothing. Stops that a run would end with are printed as its verdict.
@@ -122,6 +123,7 @@ fn build(loaded: &LoadedJob, memory: MemoryPlan, survey: &Survey, args: &JobArgs
             released: record.released,
             owner: record.owner.to_string(),
             watermark: record.live().watermark.map(|time| time.to_string()),
+            complete_since: record.dedup.complete_since.map(|time| time.to_string()),
         }),
         memory,
         memory_text: memory.to_string(),
@@ -213,10 +215,11 @@ fn print(plan: &Plan) {
     match &plan.ledger {
         None => println!("ledger: none yet"),
         Some(ledger) => println!(
-            "ledger: batch {} epoch {} watermark {} {}",
+            "ledger: batch {} epoch {} watermark {} complete since {} {}",
             ledger.batch,
             ledger.epoch,
             ledger.watermark.as_deref().unwrap_or("none"),
+            ledger.complete_since.as_deref().unwrap_or("ever"),
             if ledger.released { "released".to_owned() } else { format!("owned by {}", ledger.owner) }
         ),
     }

@@ -109,16 +109,28 @@ impl Terminal {
                     ));
                 }
             }
-            Event::Commit { batch, counts, snapshot_id, data_files, sends, lag, watermark } => {
+            Event::Commit {
+                batch,
+                counts,
+                snapshot_id,
+                data_files,
+                sends,
+                lag,
+                watermark,
+                complete_since,
+                buckets_lent,
+            } => {
                 self.line(&format!(
                     "batch {batch} committed: consumed {} written {} duplicate {} dead_letter {} late {} files {data_files} \
-                     lag {lag} watermark {} snapshot {snapshot_id}{}",
+                     lag {lag} watermark {} complete since {} snapshot {snapshot_id}{}{}",
                     counts.consumed,
                     counts.written,
                     counts.duplicate,
                     counts.dead_letter + counts.dead_letter_known,
                     counts.late,
                     watermark.as_deref().unwrap_or("none"),
+                    complete_since.as_deref().unwrap_or("ever"),
+                    if *buckets_lent > 0 { format!(" buckets read {buckets_lent}") } else { String::new() },
                     if *sends > 1 { format!(" sends {sends}") } else { String::new() },
                 ));
             }
@@ -134,7 +146,8 @@ impl Terminal {
                 }
                 let rate = counts.consumed as f64 / summary.seconds.max(0.001);
                 self.line(&format!(
-                    "done: {} events in {} batches, {} written, {} duplicate, {} dead letters, {}/s, {} keys in {} of state",
+                    "done: {} events in {} batches, {} written, {} duplicate, {} dead letters, {}/s, {} keys in {} of state, \
+                     complete since {}",
                     HumanCount(counts.consumed),
                     summary.batches,
                     HumanCount(counts.written),
@@ -143,6 +156,7 @@ impl Terminal {
                     HumanCount(rate as u64),
                     HumanCount(summary.state_keys),
                     bytesize::ByteSize(summary.state_bytes),
+                    summary.complete_since.as_deref().unwrap_or("ever"),
                 ));
             }
         }

@@ -157,8 +157,11 @@ pub struct DedupRecord {
     pub key_spec_hash: String,
     /// Number of shards.
     pub shards: u32,
-    /// Width of a bucket of event time.
+    /// Width of a bucket of event time that no era holds.
     pub bucket_width_ms: i64,
+    /// Earlier widths, ascending, as far as a bucket of theirs may be live.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub eras: Vec<EraRecord>,
     /// The producer's promise about repeats.
     pub repeats: Repeats,
     /// End of the open first bucket, so that a rebuild makes the same buckets; `None` before the first key.
@@ -171,6 +174,15 @@ pub struct DedupRecord {
     /// Sum of the buckets' digests, hexadecimal: what is left to compare with when the list of buckets is gone.
     #[serde(default)]
     pub digest: String,
+}
+
+/// Buckets of event time before `until` had another width.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct EraRecord {
+    /// First event time that no longer has this width.
+    pub until: EventTimeMs,
+    /// The width.
+    pub bucket_width_ms: i64,
 }
 
 /// One side table.
@@ -588,6 +600,7 @@ pub(crate) mod tests {
                 key_spec_hash: "spec".into(),
                 shards: 256,
                 bucket_width_ms: 75_600_000,
+                eras: Vec::new(),
                 repeats: Repeats::AnyTime,
                 floor: Some(EventTimeMs(1_600_000_000_000)),
                 complete_since: None,
@@ -607,6 +620,18 @@ pub(crate) mod tests {
     fn the_full_form_comes_back_as_it_was() {
         let record = record();
         assert_eq!(LedgerRecord::from_property(&record.to_property()).unwrap(), record);
+    }
+
+    #[test]
+    fn both_forms_carry_the_widths_of_earlier_buckets_and_from_when_the_state_is_complete() {
+        let mut record = record();
+        assert!(!record.pack().contains("eras"), "a width that never changed takes no room");
+        record.dedup.eras =
+            vec![EraRecord { until: EventTimeMs(1_650_000_000_000), bucket_width_ms: 3_600_000 }];
+        record.dedup.complete_since = Some(EventTimeMs(1_640_000_000_000));
+        let full = LedgerRecord::from_property(&record.to_property()).unwrap();
+        let packed = LedgerRecord::from_packed(&record.pack(), 1).unwrap();
+        assert_eq!((&full.dedup, &packed.dedup), (&record.dedup, &record.dedup));
     }
 
     #[test]

@@ -2,7 +2,9 @@
 //!
 //! The grid is aligned to the epoch. Times before the floor fall into one open first bucket `[i64::MIN, floor)`,
 //! so event times that are garbage never make more buckets than there are windows. The floor is set once, from
-//! the first keys that the state ever sees, and stands in the manifest; so does the width.
+//! the first keys that the state ever sees, and stands in the manifest; so do the widths. A new width begins where
+//! the last bucket that holds a key ends: the boundaries of buckets that hold keys never move. Until then the widths
+//! before it are [`Era`]s, and a bucket ends where its era does.
 
 use std::fmt;
 use std::time::Duration;
@@ -20,17 +22,25 @@ pub const FLOOR_BUCKETS: i64 = 64;
 const ANY_TIME_BUCKETS: u128 = 8;
 /// Buckets of one window when only a key's own bucket is probed: narrow ones, whose filters stay in memory.
 const SAME_TIME_BUCKETS: u128 = 64;
-/// Widths are whole hours: nothing expires yet, so a state must not run out of buckets in a few months.
+/// Widths from here on are whole multiples of it.
 const WIDTH_STEP_MS: u128 = 3_600_000;
+/// Widths below an hour are whole multiples of ten minutes: a backlog of a year still falls into fewer buckets than
+/// [`BUCKETS_MAX`](super::BUCKETS_MAX).
+const NARROW_WIDTH_STEP_MS: u128 = 600_000;
+/// Most earlier widths that a state remembers. They are forgotten with their last bucket; until then a further width
+/// waits.
+pub const ERAS_MAX: usize = 4;
 
 /// Width of a bucket, in milliseconds: an eighth of the window with `any_time`, a 64th with `same_time`, rounded
-/// up to whole hours.
+/// up to whole hours, or, below an hour, to whole ten minutes.
 pub fn bucket_width_ms(window: Duration, repeats: Repeats) -> i64 {
     let parts = match repeats {
         Repeats::AnyTime => ANY_TIME_BUCKETS,
         Repeats::SameTime => SAME_TIME_BUCKETS,
     };
-    let width = window.as_millis().div_ceil(parts).max(1).next_multiple_of(WIDTH_STEP_MS);
+    let width = window.as_millis().div_ceil(parts).max(1);
+    let step = if width < WIDTH_STEP_MS { NARROW_WIDTH_STEP_MS } else { WIDTH_STEP_MS };
+    let width = width.next_multiple_of(step);
     i64::try_from(width).unwrap_or(i64::MAX)
 }
 
@@ -43,23 +53,56 @@ pub struct Bucket {
     pub to: EventTimeMs,
 }
 
+impl Bucket {
+    /// Whether a time falls into it.
+    pub fn holds(&self, time: EventTimeMs) -> bool {
+        self.from <= time && time < self.to
+    }
+
+    /// Whether another slice lies in it as a whole.
+    pub fn covers(&self, other: Bucket) -> bool {
+        self.from <= other.from && other.to <= self.to
+    }
+}
+
+/// An earlier width: buckets before `until` have it, back to the era before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Era {
+    /// First event time that no longer has this width; the end of a bucket.
+    pub until: EventTimeMs,
+    /// Width of a bucket, in milliseconds, at least 1.
+    pub bucket_width_ms: i64,
+}
+
 /// How event time is cut into buckets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Grid {
-    width_ms: i64,
     floor: EventTimeMs,
+    /// Of all times that no era holds.
+    width_ms: i64,
+    /// The first `era_count` count, ascending.
+    eras: [Era; ERAS_MAX],
+    era_count: usize,
 }
 
 impl Grid {
     /// The grid of a state whose first keys are at most this old.
     pub(super) fn below(largest: EventTimeMs, width_ms: i64) -> Self {
         let start = i128::from(largest.0.div_euclid(width_ms)) - i128::from(FLOOR_BUCKETS);
-        Self { width_ms, floor: EventTimeMs(clamp(start * i128::from(width_ms))) }
+        Self::with_floor(EventTimeMs(clamp(start * i128::from(width_ms))), width_ms)
     }
 
-    /// The grid that a manifest or a ledger names.
+    /// The grid of a state whose width never changed.
     pub(super) fn with_floor(floor: EventTimeMs, width_ms: i64) -> Self {
-        Self { width_ms, floor }
+        Self::of(floor, width_ms, &[])
+    }
+
+    /// The grid that a manifest or a ledger names; at most [`ERAS_MAX`] eras, ascending.
+    pub(super) fn of(floor: EventTimeMs, width_ms: i64, earlier: &[Era]) -> Self {
+        let mut eras = [Era { until: EventTimeMs(i64::MIN), bucket_width_ms: 1 }; ERAS_MAX];
+        eras[..earlier.len()].copy_from_slice(earlier);
+        Self { floor, width_ms, eras, era_count: earlier.len() }
     }
 
     pub(super) fn floor(&self) -> EventTimeMs {
@@ -71,11 +114,18 @@ impl Grid {
         if time < self.floor {
             return Bucket { from: EventTimeMs(i64::MIN), to: self.floor };
         }
-        let width = i128::from(self.width_ms);
-        let start = i128::from(time.0.div_euclid(self.width_ms)) * width;
-        // A floor that is no multiple of the width (named by a ledger of another width) cuts its bucket short.
-        let from = EventTimeMs(clamp(start)).max(self.floor);
-        Bucket { from, to: EventTimeMs(clamp(start + width)) }
+        let eras = &self.eras[..self.era_count];
+        let era_index = eras.partition_point(|era| era.until <= time);
+        let (width_ms, end) = match eras.get(era_index) {
+            Some(era) => (era.bucket_width_ms, era.until),
+            None => (self.width_ms, EventTimeMs(i64::MAX)),
+        };
+        // A floor or an era's begin that is no multiple of the width cuts its first bucket short.
+        let begin = era_index.checked_sub(1).map_or(self.floor, |before| eras[before].until.max(self.floor));
+        let width = i128::from(width_ms);
+        let start = i128::from(time.0.div_euclid(width_ms)) * width;
+        let from = EventTimeMs(clamp(start)).max(begin);
+        Bucket { from, to: EventTimeMs(clamp(start + width)).min(end) }
     }
 }
 
@@ -183,7 +233,9 @@ mod tests {
         let week = Duration::from_secs(7 * 86_400);
         assert_eq!(bucket_width_ms(week, Repeats::AnyTime), 7 * DAY_MS / 8);
         assert_eq!(bucket_width_ms(week, Repeats::SameTime), 3 * 3_600_000);
-        assert_eq!(bucket_width_ms(Duration::ZERO, Repeats::AnyTime), 3_600_000);
+        assert_eq!(bucket_width_ms(Duration::from_secs(3_600), Repeats::AnyTime), 600_000);
+        assert_eq!(bucket_width_ms(Duration::from_secs(8 * 3_600), Repeats::AnyTime), 3_600_000);
+        assert_eq!(bucket_width_ms(Duration::ZERO, Repeats::AnyTime), 600_000);
         assert_eq!(bucket_width_ms(Duration::MAX, Repeats::AnyTime), i64::MAX);
     }
 
@@ -214,7 +266,43 @@ mod tests {
         assert_eq!(Digest::try_from(forward.digest.to_string()), Ok(forward.digest));
     }
 
+    #[test]
+    fn a_new_width_leaves_the_buckets_before_it_as_they_were() {
+        let before = Grid::with_floor(EventTimeMs(0), 10);
+        let era = Era { until: EventTimeMs(70), bucket_width_ms: 10 };
+        let after = Grid::of(EventTimeMs(0), 25, &[era]);
+        for time in (-5..70).map(EventTimeMs) {
+            assert_eq!(after.bucket_of(time), before.bucket_of(time));
+        }
+        let bucket = |from, to| Bucket { from: EventTimeMs(from), to: EventTimeMs(to) };
+        assert_eq!(after.bucket_of(EventTimeMs(69)), bucket(60, 70));
+        assert_eq!(after.bucket_of(EventTimeMs(70)), bucket(70, 75));
+        assert_eq!(after.bucket_of(EventTimeMs(75)), bucket(75, 100));
+    }
+
     proptest! {
+        /// Goal: buckets of several widths cover all times, end to end.
+        #[test]
+        fn buckets_of_all_eras_touch(
+            floor in -1_000i64..1_000, widths in prop::collection::vec((1i64..300, 1i64..400), 1..=ERAS_MAX + 1)
+        ) {
+            let mut until = floor;
+            let mut eras = Vec::new();
+            for (width, span) in &widths[1..] {
+                until += span;
+                eras.push(Era { until: EventTimeMs(until), bucket_width_ms: *width });
+            }
+            let grid = Grid::of(EventTimeMs(floor), widths[0].0, &eras);
+            let mut time = EventTimeMs(floor - 1);
+            while time.0 < until + 1_000 {
+                let bucket = grid.bucket_of(time);
+                prop_assert!(bucket.holds(time));
+                prop_assert_eq!(grid.bucket_of(bucket.to.minus_ms(1)), bucket);
+                prop_assert_eq!(grid.bucket_of(bucket.to).from, bucket.to);
+                time = bucket.to;
+            }
+        }
+
         /// Goal: every time of i64 lies in exactly one bucket, and all times of a bucket agree on it.
         #[test]
         fn buckets_cover_time_without_overlap(time in any::<i64>(), largest in any::<i64>(), width in 1i64..1 << 40) {

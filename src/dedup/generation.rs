@@ -15,7 +15,7 @@
 //!
 //! Bounds: a manifest grows with segments (tens) and buckets ([`BUCKETS_MAX`]), never with keys.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io::{self, Read};
@@ -25,17 +25,20 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::bucket::{Bucket, BucketTally, Grid};
+use super::bucket::{Bucket, BucketTally, ERAS_MAX, Era, Grid, Tally};
 use super::segment::{Segment, SegmentEntry, SegmentName};
 use super::{BUCKETS_MAX, StoreError, StoreSpec, disk};
 use crate::event_time::EventTimeMs;
 use crate::job::Repeats;
 
-/// Newest manifest format that this program reads, and the one that it writes.
-pub(super) const MANIFEST_VERSION: u32 = 1;
+/// Newest manifest format that this program reads, and the one that it writes. Version 1 had neither `eras` nor
+/// `expired`: nothing expired, and the width never changed.
+pub(super) const MANIFEST_VERSION: u32 = 2;
+/// Oldest manifest format that this program reads.
+const MANIFEST_VERSION_MIN: u32 = 1;
 /// Largest manifest that is read.
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
-const FIRST_WORDS: &str = "tidemill dedup generation ";
+pub(super) const FIRST_WORDS: &str = "tidemill dedup generation ";
 const MANIFEST_SUFFIX: &str = ".manifest";
 const SEGMENT_SUFFIX: &str = ".segment";
 
@@ -117,6 +120,12 @@ pub struct GenerationInfo {
     pub segment_bytes: u64,
     /// Hash of the key spec that it was made for.
     pub key_spec_hash: String,
+    /// From this event time on it holds all keys; `i64::MIN` if nothing has expired.
+    pub complete_since: EventTimeMs,
+    /// Live buckets.
+    pub buckets: u64,
+    /// Keys of expired buckets that are still on disk.
+    pub grace_keys: u64,
 }
 
 /// What a manifest says.
@@ -128,15 +137,23 @@ pub(super) struct Manifest {
     pub(super) seed: u64,
     pub(super) shards: u32,
     pub(super) repeats: Repeats,
+    /// Width of the buckets of all times that no era holds.
     pub(super) bucket_width_ms: i64,
+    /// Earlier widths, ascending, as far as a bucket of theirs may be named.
+    #[serde(default)]
+    pub(super) eras: Vec<Era>,
     /// End of the open first bucket; `None` until the first key.
     pub(super) floor: Option<EventTimeMs>,
     /// Every bucket from here on holds all keys of our rows.
     pub(super) complete_since: EventTimeMs,
     /// Oldest first.
     pub(super) segments: Vec<SegmentEntry>,
-    /// Live buckets, ascending. Sections of other buckets are dead.
+    /// Live buckets, ascending: those that end after `complete_since`. Sections of buckets that are in neither list
+    /// are dead.
     pub(super) buckets: Vec<BucketTally>,
+    /// Buckets in their grace, ascending: expired, whole, and not probed unless a key asks for one.
+    #[serde(default)]
+    pub(super) expired: Vec<BucketTally>,
 }
 
 impl Manifest {
@@ -149,19 +166,27 @@ impl Manifest {
             shards: spec.shards,
             repeats: spec.repeats,
             bucket_width_ms: spec.bucket_width_ms,
+            eras: Vec::new(),
             floor: None,
             complete_since: EventTimeMs(i64::MIN),
             segments: Vec::new(),
             buckets: Vec::new(),
+            expired: Vec::new(),
         }
     }
 
     pub(super) fn grid(&self) -> Option<Grid> {
-        self.floor.map(|floor| Grid::with_floor(floor, self.bucket_width_ms))
+        self.floor.map(|floor| Grid::of(floor, self.bucket_width_ms, &self.eras))
     }
 
-    pub(super) fn live_buckets(&self) -> BTreeSet<Bucket> {
-        self.buckets.iter().map(BucketTally::bucket).collect()
+    /// Buckets whose keys the segments must hold, ascending: those in their grace, then the live ones.
+    pub(super) fn named_buckets(&self) -> impl Iterator<Item = &BucketTally> {
+        self.expired.iter().chain(&self.buckets)
+    }
+
+    /// What [`Manifest::named_buckets`] hold.
+    pub(super) fn tallies(&self) -> BTreeMap<Bucket, Tally> {
+        self.named_buckets().map(|bucket| (bucket.bucket(), bucket.tally())).collect()
     }
 
     /// Reads the manifest that a ledger names.
@@ -189,6 +214,18 @@ impl Manifest {
         Ok(GenerationRef { name, checksum })
     }
 
+    /// What the state was made for.
+    pub(super) fn spec(&self) -> StoreSpec {
+        StoreSpec {
+            job_id: self.job_id,
+            key_spec_hash: self.key_spec_hash.clone(),
+            seed: self.seed,
+            shards: self.shards,
+            bucket_width_ms: self.bucket_width_ms,
+            repeats: self.repeats,
+        }
+    }
+
     /// Refuses a spec that this state was not made for.
     pub(super) fn check_spec(&self, file: GenerationName, spec: &StoreSpec) -> Result<(), StoreError> {
         let facts: [(&'static str, String, String); 5] = [
@@ -211,15 +248,33 @@ impl Manifest {
         if self.bucket_width_ms < 1 {
             return Err(format!("its bucket width is {} ms", self.bucket_width_ms));
         }
-        if self.buckets.len() > BUCKETS_MAX {
-            return Err(format!("it lists {} buckets, more than {BUCKETS_MAX}", self.buckets.len()));
+        let eras_ascend = self.eras.windows(2).all(|pair| pair[0].until < pair[1].until);
+        if !eras_ascend || self.eras.len() > ERAS_MAX || self.eras.iter().any(|era| era.bucket_width_ms < 1) {
+            return Err(format!("its eras are not at most {ERAS_MAX} that ascend"));
         }
-        let ascending = self.buckets.windows(2).all(|pair| pair[0].to <= pair[1].from);
-        if !ascending || self.buckets.iter().any(|bucket| bucket.from >= bucket.to || bucket.keys == 0) {
+        let named: Vec<&BucketTally> = self.named_buckets().collect();
+        if named.len() > BUCKETS_MAX {
+            return Err(format!("it lists {} buckets, more than {BUCKETS_MAX}", named.len()));
+        }
+        let ascending = named.windows(2).all(|pair| pair[0].to <= pair[1].from);
+        if !ascending || named.iter().any(|bucket| bucket.from >= bucket.to || bucket.keys == 0) {
             return Err("its buckets do not ascend".to_owned());
         }
-        if !self.buckets.is_empty() && self.floor.is_none() {
+        if self.expired.iter().any(|bucket| bucket.to > self.complete_since)
+            || self.buckets.iter().any(|bucket| bucket.from < self.complete_since)
+        {
+            return Err(format!(
+                "it is complete since {}, which does not part its live buckets from the expired ones",
+                self.complete_since
+            ));
+        }
+        if !named.is_empty() && self.floor.is_none() {
             return Err("it has buckets and no floor".to_owned());
+        }
+        let keys = self.named_buckets().map(|bucket| bucket.keys).try_fold(0, u64::checked_add);
+        let bytes = self.segments.iter().map(|segment| segment.bytes).try_fold(0, u64::checked_add);
+        if keys.is_none() || bytes.is_none() {
+            return Err("its keys or bytes are more than there can be".to_owned());
         }
         let names: BTreeSet<_> = self.segments.iter().map(|segment| segment.name).collect();
         if names.len() != self.segments.len() {
@@ -230,16 +285,22 @@ impl Manifest {
 }
 
 /// Reads a manifest file: what it says, and its checksum, which was checked.
-fn read_manifest(folder: &Path, file_name: &str) -> Result<(Manifest, String), StoreError> {
-    let corrupt = |what: String| StoreError::corrupt(file_name, what);
+pub(super) fn read_manifest(folder: &Path, file_name: &str) -> Result<(Manifest, String), StoreError> {
     let file = disk::open(folder, file_name)?;
     let mut bytes = Vec::new();
     let read = file.take(MANIFEST_BYTES_MAX + 1).read_to_end(&mut bytes);
     read.map_err(|error| StoreError::io("read", file_name, error))?;
+    parse_manifest(bytes, file_name)
+}
+
+/// As [`read_manifest`], of bytes that were read already.
+pub(super) fn parse_manifest(bytes: Vec<u8>, file_name: &str) -> Result<(Manifest, String), StoreError> {
+    let corrupt = |what: String| StoreError::corrupt(file_name, what);
     if bytes.len() as u64 > MANIFEST_BYTES_MAX {
         return Err(corrupt(format!("it is longer than {MANIFEST_BYTES_MAX} bytes")));
     }
-    let text = String::from_utf8(bytes).map_err(|_| corrupt("it is not text".to_owned()))?;
+    let text = String::from_utf8(bytes)
+        .map_err(|error| corrupt(format!("it is not text, at byte {}", error.utf8_error().valid_up_to())))?;
     let first_words = || {
         let (line, json) = text.split_once('\n')?;
         let (version, checksum) = line.strip_prefix(FIRST_WORDS)?.split_once(' ')?;
@@ -258,7 +319,7 @@ fn read_manifest(folder: &Path, file_name: &str) -> Result<(Manifest, String), S
         let file = file_name.to_owned();
         return Err(StoreError::NewerFormat { file, found: version, known: MANIFEST_VERSION });
     }
-    if version != MANIFEST_VERSION {
+    if version < MANIFEST_VERSION_MIN {
         return Err(corrupt(format!("format version {version} never was")));
     }
     let manifest: Manifest = serde_json::from_str(json).map_err(|error| corrupt(error.to_string()))?;
@@ -267,12 +328,12 @@ fn read_manifest(folder: &Path, file_name: &str) -> Result<(Manifest, String), S
 }
 
 /// What a file of the state folder is, by its name.
-enum StateFile {
+pub(super) enum StateFile {
     Manifest(GenerationName),
     Segment(SegmentName),
 }
 
-fn state_file(file_name: &str) -> Option<StateFile> {
+pub(super) fn state_file(file_name: &str) -> Option<StateFile> {
     if let Some(stem) = file_name.strip_suffix(MANIFEST_SUFFIX) {
         return Some(StateFile::Manifest(stem.parse().ok()?));
     }
@@ -296,8 +357,8 @@ fn file_names(folder: &Path) -> Result<Vec<String>, StoreError> {
     Ok(names)
 }
 
-/// The generations in a folder, oldest first, of one job or of all. A manifest that a crash cut short is no generation and is
-/// left out; whether the segments are there and right is not looked at.
+/// The generations in a folder, oldest first, of one job or of all. A manifest that a crash cut short is no generation
+/// and is left out; whether the segments are there and right is not looked at.
 ///
 /// # Errors
 /// [`StoreError::NewerFormat`] if a newer program wrote one of them, [`StoreError::Io`] if the folder can not be
@@ -317,6 +378,9 @@ pub fn list_generations(folder: &Path, job_id: Option<Uuid>) -> Result<Vec<Gener
                 keys: manifest.buckets.iter().map(|bucket| bucket.keys).sum(),
                 segment_bytes: manifest.segments.iter().map(|segment| segment.bytes).sum(),
                 key_spec_hash: manifest.key_spec_hash,
+                complete_since: manifest.complete_since,
+                buckets: manifest.buckets.len() as u64,
+                grace_keys: manifest.expired.iter().map(|bucket| bucket.keys).sum(),
             });
         }
     }
@@ -351,15 +415,25 @@ pub struct SweepReport {
 /// lower than `epoch`. To be called only after the first commit of that epoch. Other files, files of other
 /// jobs and files of this epoch are left alone; with an empty `keep` nothing is removed.
 ///
-/// An owner that runs for long leaves merged segments and old manifests of its own epoch. Between two batches, with
-/// no generation prepared and the last ones of its own among `keep`, it may pass its epoch plus one. A later
-/// owner's files are of a higher epoch, and what they share with ours is named by our last generations.
+/// This is for who has no store open in the folder. An owner that runs merges beside it, and passes its own epoch plus
+/// one, uses [`Store::sweep`](super::Store::sweep): a later owner's files are of a higher epoch, and what they share
+/// with ours is named by our last generations.
 ///
 /// # Errors
 /// [`StoreError`] if a kept manifest can not be read, then nothing was removed; [`StoreError::Io`] if a file can
 /// not be removed.
 pub fn sweep(folder: &Path, keep: &[GenerationRef], epoch: u64) -> Result<SweepReport, StoreError> {
-    let mut kept_files = BTreeSet::new();
+    sweep_others(folder, keep, epoch, BTreeSet::new())
+}
+
+/// [`sweep`], which leaves the files in `needed` alone too.
+pub(super) fn sweep_others(
+    folder: &Path,
+    keep: &[GenerationRef],
+    epoch: u64,
+    needed: BTreeSet<String>,
+) -> Result<SweepReport, StoreError> {
+    let mut kept_files = needed;
     let mut job_ids = BTreeSet::new();
     for reference in keep {
         let manifest = Manifest::read(folder, reference)?;

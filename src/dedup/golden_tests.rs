@@ -1,5 +1,5 @@
-//! Files of every released format version, kept small in `fixtures/dedup`: they are read for ever, and the current
-//! version is written as it always was.
+//! Files of every format version, kept small in `fixtures/dedup`: they are read for ever, and the current version is
+//! written as it always was. A manifest with all of its parts stands in `window_tests.rs`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,8 +11,8 @@ use super::*;
 
 const KEYS: u64 = 600;
 
-fn fixture() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/dedup/v1")
+fn fixture(version: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/dedup").join(version)
 }
 
 fn spec() -> StoreSpec {
@@ -50,38 +50,44 @@ fn write_to(folder: &Path) -> GenerationRef {
     newest.reference
 }
 
-/// The newest generation of the fixture, as the ledger that wrote it would name it.
-fn reference() -> GenerationRef {
+/// The newest generation of a fixture, as the ledger that wrote it would name it.
+fn reference(checksum: &str) -> GenerationRef {
     GenerationRef {
         name: "e0000000003-b0000000002-018bcfe5-6800-7000-8000-000000000002".parse().unwrap(),
-        checksum: "842a4f5dda7dd651086a469e644100d0".into(),
+        checksum: checksum.into(),
+    }
+}
+
+const CHECKSUM_V1: &str = "842a4f5dda7dd651086a469e644100d0";
+const CHECKSUM_V2: &str = "fa8e7c6cd9559d5152a1c5d4514ec034";
+
+#[test]
+fn files_of_every_version_are_read() {
+    for (version, checksum) in [("v1", CHECKSUM_V1), ("v2", CHECKSUM_V2)] {
+        let (folder, reference) = (fixture(version), reference(checksum));
+        // Opening makes the folder if it is not there; a fixture that is gone must not look like an empty state.
+        let mut store = Store::open(&folder, spec(), Some(&reference), 0).unwrap();
+        assert_eq!(verify(&folder, &reference).unwrap().keys, KEYS);
+        assert_eq!(store.stats().keys, KEYS);
+        assert!(store.probe(&keys()).unwrap().iter().all(|verdict| *verdict == Verdict::Duplicate));
+        let unseen: Vec<Key> = keys()
+            .iter()
+            .map(|key| Key { fingerprint: Fingerprint::from_value(key.fingerprint.value() ^ 1), ..*key })
+            .collect();
+        assert!(store.probe(&unseen).unwrap().iter().all(|verdict| *verdict == Verdict::New));
     }
 }
 
 #[test]
-fn files_of_version_1_are_read() {
-    // Opening makes the folder if it is not there; a fixture that is gone must not look like an empty state.
-    let mut store = Store::open(&fixture(), spec(), Some(&reference()), 0).unwrap();
-    assert_eq!(verify(&fixture(), &reference()).unwrap().keys, KEYS);
-    assert_eq!(store.stats().keys, KEYS);
-    assert!(store.probe(&keys()).unwrap().iter().all(|verdict| *verdict == Verdict::Duplicate));
-    let unseen: Vec<Key> = keys()
-        .iter()
-        .map(|key| Key { fingerprint: Fingerprint::from_value(key.fingerprint.value() ^ 1), ..*key })
-        .collect();
-    assert!(store.probe(&unseen).unwrap().iter().all(|verdict| *verdict == Verdict::New));
-}
-
-#[test]
-fn version_1_is_written_as_it_always_was() {
+fn version_2_is_written_as_it_always_was() {
     let folder = tempfile::tempdir().unwrap();
-    assert_eq!(write_to(folder.path()), reference());
+    let made = write_to(folder.path());
     let mut compared = 0;
-    for entry in fs::read_dir(fixture()).unwrap() {
+    for entry in fs::read_dir(fixture("v2")).unwrap() {
         let entry = entry.unwrap();
         let written = fs::read(folder.path().join(entry.file_name())).unwrap();
         assert!(written == fs::read(entry.path()).unwrap(), "{:?} differs", entry.file_name());
         compared += 1;
     }
-    assert_eq!(compared, 4);
+    assert_eq!((compared, made), (4, reference(CHECKSUM_V2)));
 }

@@ -1,23 +1,35 @@
-//! Lookup: which of many sorted fingerprints stand in a section.
+//! Lookup: which of many sorted fingerprints stand in the sections of a generation.
 //!
-//! Flow: sorted probes -> filter, walked forward from memory or through read windows -> candidates -> stride
-//! index, page index -> pages, each read at most once and neighbours together -> found
+//! Flow: sorted probes, in units of neighbouring fingerprints -> filters (in memory, or streamed in windows) -> candidates
+//! -> page index -> pages, each read at most once by a unit, neighbours together, many reads in flight -> found
 //!
-//! One random read at a time is the trap of a dedup state on disk; here reads are sorted, and pages closer than
-//! [`COALESCE_GAP_BYTES`] become one read, so a dense batch turns into a sequential scan by itself.
+//! One random read at a time is the trap of a dedup state on disk. Here workers take units in turn; each has several reads
+//! in flight and decodes what came while others come. Pages closer than the device's gap become one read, so a dense
+//! batch turns into a sequential scan by itself.
 //!
-//! Bounds: one read window, one decoded page, four bytes per candidate and 16 per candidate of a stride.
+//! Bounds: the read buffers ([`ReadLimits`]); in each worker 8 bytes per candidate of its unit and 24 per page that it
+//! wants.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::StoreError;
+use super::access::{self, Access, Choice};
+use super::device::Device;
 use super::filter;
 use super::page::{CHECKSUM_BYTES, PAGE_BYTES, fingerprint_at};
-use super::pins::Pins;
+use super::pins::Pinned;
+use super::reads::{self, ReadLimits, Reads};
 use super::segment::{STRIDE_PAGES, Section, Segment};
 use crate::fingerprint::FINGERPRINT_BYTES;
 
-/// Pages that lie closer are read together: the best of 4, 16 and 32 KiB at 1e8 keys on a disk of 60 k reads/s.
-const COALESCE_GAP_BYTES: u64 = 16 << 10;
-const COALESCE_GAP_PAGES: u64 = COALESCE_GAP_BYTES / PAGE_BYTES as u64;
+/// Fewest and most probes of a unit: below, threads cost more than they bring; above, the last unit ends late.
+const UNIT_PROBES: (usize, usize) = (4 << 10, 64 << 10);
+/// Pieces of fewer bytes in all are brought into memory without threads.
+const LOAD_BYTES_PARALLEL_MIN: u64 = 1 << 20;
+/// Units for each worker, so that all end at about the same time.
+const UNITS_PER_WORKER: usize = 8;
 
 /// One fingerprint that is looked up, with its place in the probe batch, in 16 bytes that sort by both:
 /// found, 1 bit | zeros | fingerprint, 88 bits | place, 32 bits.
@@ -50,215 +62,631 @@ impl Probe {
     }
 }
 
-/// Buffers of lookups, used again and again.
+/// A section that probes go through.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub(super) segment: Arc<Segment>,
+    pub(super) section_index: usize,
+    pub(super) pinned: Arc<Pinned>,
+}
+
+impl Target {
+    fn section(&self) -> &Section {
+        &self.segment.sections[self.section_index]
+    }
+}
+
+/// Sorted probes and the sections that they go through.
+#[derive(Debug)]
+pub(super) struct Group<'a> {
+    pub(super) probes: &'a mut [Probe],
+    pub(super) targets: Vec<Target>,
+}
+
+/// A target and the way through it.
+struct Path<'a> {
+    target: &'a Target,
+    choice: Choice,
+}
+
+/// Neighbouring probes of a group: what a worker takes at once.
+struct Unit<'a> {
+    probes: &'a mut [Probe],
+    paths: &'a [Path<'a>],
+}
+
+/// A piece that is to be in memory.
+enum Load<'a> {
+    Index(&'a Target),
+    Filter(&'a Target),
+}
+
+impl Load<'_> {
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Index(target) => target.section().pages * FINGERPRINT_BYTES as u64,
+            Self::Filter(target) => target.pinned.filter_pages() * PAGE_BYTES as u64,
+        }
+    }
+}
+
+/// The workers of lookups, used again and again.
 #[derive(Debug)]
 pub(super) struct Lookup {
-    window_pages_max: u64,
-    window: Vec<u8>,
-    values: Vec<u128>,
-    /// Places in the slice of probes.
-    candidates: Vec<u32>,
-    /// Page and candidate, within one stride.
-    wanted: Vec<(u64, u32)>,
-    index_page: Vec<u8>,
+    limits: ReadLimits,
+    workers: Vec<Worker>,
+    device: Device,
+    measured: bool,
 }
 
 impl Lookup {
-    pub(super) fn new(window_bytes_max: usize) -> Self {
-        Self {
-            window_pages_max: (window_bytes_max / PAGE_BYTES).max(1) as u64,
-            window: Vec::new(),
-            values: Vec::new(),
-            candidates: Vec::new(),
-            wanted: Vec::new(),
-            index_page: Vec::new(),
-        }
+    /// Workers whose buffers take at most `bytes`.
+    pub(super) fn new(bytes: u64) -> Self {
+        let (limits, reads) = reads::workers(ReadLimits::within(bytes));
+        let workers = reads.into_iter().map(Worker::new).collect();
+        Self { limits, workers, device: Device::default(), measured: false }
     }
 
-    /// Marks the probes whose fingerprints stand in the section. Probes are sorted by value.
+    /// Speed of the device, as far as it is known.
+    pub(super) fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Measures the device on a segment, once.
+    pub(super) fn measure(&mut self, segment: &Segment) -> Result<(), StoreError> {
+        if !self.measured {
+            self.measured = true;
+            let reads = &mut self.workers[0].reads;
+            let measured = Device::measure(reads, self.limits.read_bytes_max, segment);
+            if measured.is_err() {
+                reads.drain();
+            }
+            self.device = measured?;
+            tracing::debug!(
+                reads_per_second = self.device.reads_per_second,
+                bytes_per_second = self.device.bytes_per_second,
+                "measured the device of the dedup state"
+            );
+        }
+        Ok(())
+    }
+
+    /// Marks the probes whose fingerprints stand in their group's sections. `pending` marks those of a unit that stand in
+    /// no section yet, `recent` those of its candidates that need no page. Probes of a group are sorted.
+    ///
+    /// # Errors
+    /// The first error of any worker; marks are then incomplete.
     pub(super) fn mark_found(
         &mut self,
-        segment: &Segment,
-        section_index: usize,
-        pins: &mut Pins,
-        probes: &mut [Probe],
+        groups: &mut [Group<'_>],
+        pending: impl Fn(usize, &mut [Probe]) + Sync,
+        recent: impl Fn(usize, &mut [Probe]) + Sync,
     ) -> Result<(), StoreError> {
-        let section = &segment.sections[section_index];
+        let device = self.device;
+        let mut loads = Vec::new();
+        let mut units = Vec::new();
+        let all: usize = groups.iter().map(|group| group.probes.len()).sum();
+        let unit_probes = (all / (self.workers.len() * UNITS_PER_WORKER)).clamp(UNIT_PROBES.0, UNIT_PROBES.1);
+        let mut ways = Vec::with_capacity(groups.len());
+        let mut probes = Vec::with_capacity(groups.len());
+        for group in groups {
+            let paths: Vec<Path<'_>> = group
+                .targets
+                .iter()
+                .map(|target| {
+                    let count = group.probes.len() as u64;
+                    Path { target, choice: access::choose(target.section(), &target.pinned, count, &device) }
+                })
+                .collect();
+            ways.push(paths);
+            probes.push(&mut *group.probes);
+        }
+        for (group_index, (probes, paths)) in probes.into_iter().zip(&ways).enumerate() {
+            for path in paths {
+                if path.target.pinned.wants_index() {
+                    loads.push(Load::Index(path.target));
+                }
+                if path.choice.load {
+                    loads.push(Load::Filter(path.target));
+                }
+            }
+            for unit in cut(probes, unit_probes) {
+                units.push((group_index, Unit { probes: unit, paths }));
+            }
+        }
+        let (read_bytes_max, gap_pages) = (self.limits.read_bytes_max, self.gap_pages());
+        let loaded_bytes: u64 = loads.iter().map(Load::bytes).sum();
+        let loaders = if loaded_bytes < LOAD_BYTES_PARALLEL_MIN { 1 } else { self.workers.len() };
+        run(&mut self.workers[..loaders], loads, |worker, load| worker.load(&load, read_bytes_max))?;
+        run(&mut self.workers, units, |worker, (group_index, unit)| {
+            pending(group_index, unit.probes);
+            worker.look_up(unit, |probes| recent(group_index, probes), read_bytes_max, gap_pages)
+        })
+    }
+
+    fn gap_pages(&self) -> u64 {
+        self.device.gap_bytes() / PAGE_BYTES as u64
+    }
+}
+
+/// Cuts sorted probes into units. Later copies of a fingerprint are marked already, so it does not matter where they fall.
+fn cut(mut probes: &mut [Probe], unit_probes: usize) -> Vec<&mut [Probe]> {
+    let mut units = Vec::new();
+    while !probes.is_empty() {
+        let (unit, rest) = probes.split_at_mut(unit_probes.min(probes.len()));
+        units.push(unit);
+        probes = rest;
+    }
+    units
+}
+
+/// Gives every task to a worker. Where there is but one task or worker, it runs here.
+fn run<T: Send>(
+    workers: &mut [Worker],
+    tasks: Vec<T>,
+    work: impl Fn(&mut Worker, T) -> Result<(), StoreError> + Sync,
+) -> Result<(), StoreError> {
+    let threads = workers.len().min(tasks.len());
+    let queue = Mutex::new(tasks.into_iter());
+    let failed = AtomicBool::new(false);
+    let serve = |worker: &mut Worker| -> Result<(), StoreError> {
+        while !failed.load(Ordering::Relaxed) {
+            let Some(task) = queue.lock().unwrap_or_else(PoisonError::into_inner).next() else { break };
+            if let Err(error) = work(worker, task) {
+                failed.store(true, Ordering::Relaxed);
+                worker.reads.drain();
+                return Err(error);
+            }
+        }
+        Ok(())
+    };
+    if threads <= 1 {
+        return workers.first_mut().map_or(Ok(()), serve);
+    }
+    let Some((here, others)) = workers[..threads].split_first_mut() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let serve = &serve;
+        // A thread that the system does not grant is one worker less.
+        let running: Vec<_> = others
+            .iter_mut()
+            .filter_map(|worker| {
+                let thread = std::thread::Builder::new().name("dedup-lookup".to_owned());
+                thread.spawn_scoped(scope, move || serve(worker)).ok()
+            })
+            .collect();
+        let served_here = serve(here);
+        let served = running.into_iter().map(|thread| match thread.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        served.fold(served_here, Result::and)
+    })
+}
+
+/// A probe that the filter of a path lets pass; sorts by path, then by fingerprint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate {
+    path: u32,
+    probe: u32,
+}
+
+/// A candidate and the page that would hold it; sorts by path and page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Wanted {
+    path: u32,
+    page: u64,
+    probe: u32,
+}
+
+/// One read: pages `[first, end)` of a path's filter or pages, and what of the list it serves.
+#[derive(Debug, Clone)]
+struct PageRead {
+    path: u32,
+    pages: Range<u64>,
+    serves: Range<usize>,
+}
+
+#[derive(Debug)]
+struct Worker {
+    reads: Reads,
+    candidates: Vec<Candidate>,
+    wanted: Vec<Wanted>,
+    planned: Vec<PageRead>,
+}
+
+impl Worker {
+    fn new(reads: Reads) -> Self {
+        Self { reads, candidates: Vec::new(), wanted: Vec::new(), planned: Vec::new() }
+    }
+
+    fn look_up(
+        &mut self,
+        unit: Unit<'_>,
+        recent: impl Fn(&mut [Probe]),
+        read_bytes_max: usize,
+        gap_pages: u64,
+    ) -> Result<(), StoreError> {
+        let Unit { probes, paths } = unit;
+        let joined = Joined { pages_max: (read_bytes_max / PAGE_BYTES) as u64, gap_pages };
         self.candidates.clear();
-        match pins.filter(segment, section_index)? {
-            Some(filter_pages) => self.walk_filter(section, filter_pages, 0, probes, 0..probes.len()),
-            None => self.stream_filter(segment, section, probes)?,
-        }
-        self.settle(segment, section_index, pins, probes)
+        self.pass_filters(probes, paths, joined)?;
+        self.settle_recent(probes, recent);
+        self.candidates.sort_unstable();
+        self.find_pages(probes, paths)?;
+        self.wanted.sort_unstable();
+        self.settle_in_memory(probes, paths)?;
+        self.read_pages(probes, paths, joined)
     }
 
-    /// Collects the candidates among `probes[range]`, whose filter pages stand in `pages` from `first_page` on.
-    fn walk_filter(
+    /// Collects the candidates of every path.
+    fn pass_filters(
         &mut self,
-        section: &Section,
-        pages: &[u8],
-        first_page: u64,
         probes: &[Probe],
-        range: std::ops::Range<usize>,
-    ) {
-        for (probe_index, probe) in probes.iter().enumerate().take(range.end).skip(range.start) {
-            let block = filter::block_of(probe.value(), section.filter_blocks);
-            let page = (block / filter::PAGE_BLOCKS - first_page) as usize;
-            let block_bytes = pages[page * PAGE_BYTES + filter::block_offset(block)..]
-                .first_chunk()
-                .expect("a filter page holds its blocks whole");
-            if filter::may_contain(block_bytes, probe.value()) && !probe.is_found() {
-                self.candidates.push(probe_index as u32);
-            }
-        }
-    }
-
-    /// Walks a filter that is not in memory, window by window, over the pages that the probes need.
-    fn stream_filter(
-        &mut self,
-        segment: &Segment,
-        section: &Section,
-        probes: &[Probe],
+        paths: &[Path<'_>],
+        joined: Joined,
     ) -> Result<(), StoreError> {
-        let blocks = section.filter_blocks;
-        let page_of = |probe: &Probe| filter::block_of(probe.value(), blocks) / filter::PAGE_BLOCKS;
-        let mut begin = 0;
-        while begin < probes.len() {
-            let (end, pages) = self.window_of(&probes[begin..], page_of);
-            let mut window = std::mem::take(&mut self.window);
-            let last = pages.end - 1;
-            let bytes = (last - pages.start) as usize * PAGE_BYTES + filter::page_bytes(blocks, last);
-            window.resize(bytes, 0);
-            let position = section.filter_position + pages.start * PAGE_BYTES as u64;
-            segment.read(&mut window, position)?;
-            for (page_index, page) in window.chunks(PAGE_BYTES).enumerate() {
-                let page_position = position + (page_index * PAGE_BYTES) as u64;
-                segment.check_sealed(page, page_position, "filter page")?;
-            }
-            self.walk_filter(section, &window, pages.start, probes, begin..begin + end);
-            self.window = window;
-            begin += end;
+        self.planned.clear();
+        for (path_index, path) in paths.iter().enumerate() {
+            let section = path.target.section();
+            let held = match path.choice.access {
+                Access::Pages => {
+                    self.take_all(path_index as u32, probes);
+                    continue;
+                }
+                Access::Stream => &[],
+                Access::Filter => path.target.pinned.filter(),
+            };
+            let pages_held = held.len().div_ceil(PAGE_BYTES) as u64;
+            let page_of = |probe: &Probe| filter_page_of(section, *probe);
+            let in_memory = probes.partition_point(|probe| page_of(probe) < pages_held);
+            let walk = FilterWalk { section, pages: held, first_page: 0, path: path_index as u32 };
+            walk.collect(probes, 0..in_memory, &mut self.candidates);
+            joined.plan(path_index as u32, probes, in_memory..probes.len(), page_of, &mut self.planned);
         }
-        Ok(())
-    }
-
-    /// How many of the sorted `items` the next read serves, and the pages `[begin, end)` that it covers.
-    fn window_of<T>(&self, items: &[T], page_of: impl Fn(&T) -> u64) -> (usize, std::ops::Range<u64>) {
-        let first = page_of(&items[0]);
-        let (mut count, mut last) = (0, first);
-        for item in items {
-            let page = page_of(item);
-            if page > last + 1 + COALESCE_GAP_PAGES || page >= first + self.window_pages_max {
-                break;
-            }
-            last = page;
-            count += 1;
-        }
-        (count, first..last + 1)
-    }
-
-    /// Settles the candidates, stride by stride.
-    fn settle(
-        &mut self,
-        segment: &Segment,
-        section_index: usize,
-        pins: &mut Pins,
-        probes: &mut [Probe],
-    ) -> Result<(), StoreError> {
-        if self.candidates.is_empty() {
-            return Ok(());
-        }
-        let section = &segment.sections[section_index];
-        let pinned_index = pins.page_index(segment, section_index)?;
-        let candidates = std::mem::take(&mut self.candidates);
-        let mut begin = 0;
-        while begin < candidates.len() {
-            let value = probes[candidates[begin] as usize].value();
-            let later_stride = section.strides.partition_point(|first| first.value() <= value);
-            if later_stride == 0 {
-                // Before the first key of the section: a false positive that needs no page.
-                begin += 1;
-                continue;
-            }
-            let in_stride = candidates[begin..].partition_point(|candidate| {
-                let value = probes[*candidate as usize].value();
-                section.strides.get(later_stride).is_none_or(|first| value < first.value())
-            });
-            let stride = later_stride as u64 - 1;
-            let of_stride = &candidates[begin..begin + in_stride];
-            self.find_pages(segment, section, stride, pinned_index, of_stride, probes)?;
-            self.read_pages(segment, section, probes)?;
-            begin += in_stride;
-        }
-        self.candidates = candidates;
-        Ok(())
-    }
-
-    /// Finds the page of every candidate of a stride; all of them are at or after the stride's first key.
-    fn find_pages(
-        &mut self,
-        segment: &Segment,
-        section: &Section,
-        stride: u64,
-        pinned_index: Option<&[u8]>,
-        candidates: &[u32],
-        probes: &[Probe],
-    ) -> Result<(), StoreError> {
-        let pages = section.stride_pages(stride);
-        let entries = (pages.end - pages.start) as usize;
-        let firsts = match pinned_index {
-            Some(all) => &all[(stride * STRIDE_PAGES) as usize * FINGERPRINT_BYTES..],
-            None => {
-                self.index_page.resize(section.index_bytes(stride), 0);
-                segment.read_sealed(&mut self.index_page, section.index_position(stride), "index page")?;
-                &self.index_page[CHECKSUM_BYTES..]
-            }
+        let Self { reads, candidates, planned, .. } = self;
+        let place = |read: &PageRead| {
+            let section = paths[read.path as usize].target.section();
+            let last = read.pages.end - 1;
+            let bytes = (last - read.pages.start) as usize * PAGE_BYTES
+                + filter::page_bytes(section.filter_blocks, last);
+            (section.filter_position + read.pages.start * PAGE_BYTES as u64, bytes)
         };
-        if fingerprint_at(firsts, 0) != section.strides[stride as usize].value() {
-            return Err(segment.corrupt("an index page and the stride index disagree"));
+        read_all(reads, paths, planned, place, |read, bytes| {
+            let target = paths[read.path as usize].target;
+            let section = target.section();
+            check_filter_pages(target, read.pages.start, bytes)?;
+            let walk = FilterWalk { section, pages: bytes, first_page: read.pages.start, path: read.path };
+            walk.collect(probes, read.serves.clone(), candidates);
+            Ok(())
+        })
+    }
+
+    /// Settles the candidates that were written lately: far fewer than the probes, so they alone are looked for.
+    fn settle_recent(&mut self, probes: &mut [Probe], recent: impl Fn(&mut [Probe])) {
+        self.candidates.sort_unstable_by_key(|candidate| candidate.probe);
+        let mut asked: Vec<Probe> = self
+            .candidates
+            .chunk_by(|one, other| one.probe == other.probe)
+            .map(|of_probe| Probe::new(probes[of_probe[0].probe as usize].value(), of_probe[0].probe))
+            .collect();
+        recent(&mut asked);
+        for found in asked.iter().filter(|probe| probe.is_found()) {
+            probes[found.index()].mark_found();
         }
-        self.wanted.clear();
-        for candidate in candidates {
-            let value = probes[*candidate as usize].value();
-            let page = last_at_most(firsts, entries, value);
-            self.wanted.push((pages.start + page as u64, *candidate));
+        self.candidates.retain(|candidate| !probes[candidate.probe as usize].is_found());
+    }
+
+    fn take_all(&mut self, path: u32, probes: &[Probe]) {
+        let unfound = probes.iter().enumerate().filter(|(_, probe)| !probe.is_found());
+        self.candidates.extend(unfound.map(|(probe, _)| Candidate { path, probe: probe as u32 }));
+    }
+
+    /// Finds the page of every candidate, from page indexes in memory or read now.
+    fn find_pages(&mut self, probes: &[Probe], paths: &[Path<'_>]) -> Result<(), StoreError> {
+        let Self { reads, candidates, wanted, planned, .. } = self;
+        wanted.clear();
+        planned.clear();
+        let mut begin = 0;
+        for of_path in candidates.chunk_by(|one, other| one.path == other.path) {
+            let range = begin..begin + of_path.len();
+            begin = range.end;
+            let target = paths[of_path[0].path as usize].target;
+            match target.pinned.index() {
+                Some(firsts) => {
+                    for candidate in of_path {
+                        let value = probes[candidate.probe as usize].value();
+                        let pages = firsts.len() / FINGERPRINT_BYTES;
+                        if value >= fingerprint_at(firsts, 0) {
+                            let page = last_at_most(firsts, pages, value) as u64;
+                            wanted.push(Wanted { path: candidate.path, page, probe: candidate.probe });
+                        }
+                    }
+                }
+                None => plan_index_reads(target.section(), of_path, range, probes, planned),
+            }
         }
+        let place = |read: &PageRead| {
+            let section = paths[read.path as usize].target.section();
+            (section.index_position(read.pages.start), section.index_bytes(read.pages.start))
+        };
+        read_all(reads, paths, planned, place, |read, bytes| {
+            let target = paths[read.path as usize].target;
+            let (section, stride) = (target.section(), read.pages.start);
+            target.segment.check_sealed(bytes, section.index_position(stride), "index page")?;
+            let firsts = &bytes[CHECKSUM_BYTES..];
+            if fingerprint_at(firsts, 0) != section.strides[stride as usize].value() {
+                return Err(target.segment.corrupt("an index page and the stride index disagree"));
+            }
+            let pages = section.stride_pages(stride);
+            for candidate in &candidates[read.serves.clone()] {
+                let value = probes[candidate.probe as usize].value();
+                let page =
+                    pages.start + last_at_most(firsts, (pages.end - pages.start) as usize, value) as u64;
+                wanted.push(Wanted { path: candidate.path, page, probe: candidate.probe });
+            }
+            Ok(())
+        })
+    }
+
+    /// Settles what stands in pages that are in memory; the others are left.
+    fn settle_in_memory(&mut self, probes: &mut [Probe], paths: &[Path<'_>]) -> Result<(), StoreError> {
+        let mut left = 0;
+        for index in 0..self.wanted.len() {
+            let wanted = self.wanted[index];
+            let target = paths[wanted.path as usize].target;
+            let position = target.section().page_position(wanted.page);
+            let probe = &mut probes[wanted.probe as usize];
+            let settled = target
+                .pinned
+                .with_page(wanted.page, |page| target.segment.page_holds(page, position, probe.value()));
+            match settled {
+                Some(holds) => {
+                    if holds? {
+                        probe.mark_found();
+                    }
+                }
+                None => {
+                    self.wanted[left] = wanted;
+                    left += 1;
+                }
+            }
+        }
+        self.wanted.truncate(left);
         Ok(())
     }
 
-    /// Reads the wanted pages, neighbours together, and marks what is found in them.
+    /// Reads the wanted pages and marks what is found in them.
     fn read_pages(
         &mut self,
-        segment: &Segment,
-        section: &Section,
         probes: &mut [Probe],
+        paths: &[Path<'_>],
+        joined: Joined,
     ) -> Result<(), StoreError> {
-        let wanted = std::mem::take(&mut self.wanted);
+        let Self { reads, wanted, planned, .. } = self;
+        planned.clear();
         let mut begin = 0;
-        while begin < wanted.len() {
-            let (count, pages) = self.window_of(&wanted[begin..], |(page, _)| *page);
-            let position = section.page_position(pages.start);
-            let last = pages.end - 1;
-            let bytes = section.page_position(last) + section.page_bytes(last) as u64 - position;
-            self.window.resize(bytes as usize, 0);
-            segment.read(&mut self.window, position)?;
-            for same_page in wanted[begin..begin + count].chunk_by(|one, other| one.0 == other.0) {
-                let page = same_page[0].0;
-                let page_begin = (section.page_position(page) - position) as usize;
-                let page_bytes = &self.window[page_begin..page_begin + section.page_bytes(page)];
-                segment.read_page(page_bytes, section.page_position(page), &mut self.values)?;
-                for (_, candidate) in same_page {
-                    let probe = &mut probes[*candidate as usize];
-                    if self.values.binary_search(&probe.value()).is_ok() {
+        for of_path in wanted.chunk_by(|one, other| one.path == other.path) {
+            let range = begin..begin + of_path.len();
+            begin = range.end;
+            joined.plan(of_path[0].path, wanted, range, |wanted| wanted.page, planned);
+        }
+        let place = |read: &PageRead| {
+            let section = paths[read.path as usize].target.section();
+            let (position, last) = (section.page_position(read.pages.start), read.pages.end - 1);
+            let end = section.page_position(last) + section.page_bytes(last) as u64;
+            (position, (end - position) as usize)
+        };
+        read_all(reads, paths, planned, place, |read, bytes| {
+            let Target { segment, pinned, .. } = paths[read.path as usize].target;
+            let section = paths[read.path as usize].target.section();
+            let begin = section.page_position(read.pages.start);
+            for same_page in wanted[read.serves.clone()].chunk_by(|one, other| one.page == other.page) {
+                let page = same_page[0].page;
+                let position = section.page_position(page);
+                let offset = (position - begin) as usize;
+                let page_bytes = &bytes[offset..offset + section.page_bytes(page)];
+                segment.check_sealed(page_bytes, position, "page")?;
+                pinned.keep_page(page, page_bytes);
+                for wanted in same_page {
+                    let probe = &mut probes[wanted.probe as usize];
+                    if segment.page_holds(page_bytes, position, probe.value())? {
                         probe.mark_found();
                     }
                 }
             }
-            begin += count;
+            Ok(())
+        })
+    }
+
+    /// Brings a planned piece into memory.
+    fn load(&mut self, load: &Load<'_>, read_bytes_max: usize) -> Result<(), StoreError> {
+        let (Load::Index(target) | Load::Filter(target)) = load;
+        let section = target.section();
+        let paths = [Path { target, choice: Choice { access: Access::Filter, load: true, seconds: 0.0 } }];
+        let read = |pages: Range<u64>| PageRead { path: 0, pages, serves: 0..0 };
+        match load {
+            Load::Index(_) => {
+                let mut firsts = vec![0; section.pages as usize * FINGERPRINT_BYTES];
+                let strides: Vec<PageRead> =
+                    (0..section.stride_count()).map(|stride| read(stride..stride + 1)).collect();
+                let place = |read: &PageRead| {
+                    (section.index_position(read.pages.start), section.index_bytes(read.pages.start))
+                };
+                read_all(&mut self.reads, &paths, &strides, place, |read, bytes| {
+                    let stride = read.pages.start;
+                    target.segment.check_sealed(bytes, section.index_position(stride), "index page")?;
+                    let pages = section.stride_pages(stride);
+                    if fingerprint_at(&bytes[CHECKSUM_BYTES..], 0) != section.strides[stride as usize].value()
+                    {
+                        return Err(target.segment.corrupt("an index page and the stride index disagree"));
+                    }
+                    let begin = pages.start as usize * FINGERPRINT_BYTES;
+                    let length = (pages.end - pages.start) as usize * FINGERPRINT_BYTES;
+                    firsts[begin..begin + length]
+                        .copy_from_slice(&bytes[CHECKSUM_BYTES..CHECKSUM_BYTES + length]);
+                    Ok(())
+                })?;
+                target.pinned.set_index(firsts);
+            }
+            Load::Filter(_) => {
+                let all = filter::filter_bytes(section.filter_blocks).unwrap_or_default();
+                let bytes = all.min(target.pinned.filter_pages() * PAGE_BYTES as u64);
+                let mut held = vec![0; bytes as usize];
+                let pages = bytes.div_ceil(PAGE_BYTES as u64);
+                let step = (read_bytes_max / PAGE_BYTES) as u64;
+                let windows: Vec<PageRead> = (0..pages.div_ceil(step))
+                    .map(|window| read(window * step..pages.min((window + 1) * step)))
+                    .collect();
+                let place = |read: &PageRead| {
+                    let begin = read.pages.start * PAGE_BYTES as u64;
+                    let end = (read.pages.end * PAGE_BYTES as u64).min(bytes);
+                    (section.filter_position + begin, (end - begin) as usize)
+                };
+                read_all(&mut self.reads, &paths, &windows, place, |read, bytes| {
+                    check_filter_pages(target, read.pages.start, bytes)?;
+                    let begin = read.pages.start as usize * PAGE_BYTES;
+                    held[begin..begin + bytes.len()].copy_from_slice(bytes);
+                    Ok(())
+                })?;
+                target.pinned.set_filter(held);
+            }
         }
-        self.wanted = wanted;
         Ok(())
     }
+}
+
+/// Does all reads of a list, many in flight, and takes the bytes of each as they come, in any order.
+fn read_all(
+    reads: &mut Reads,
+    paths: &[Path<'_>],
+    planned: &[PageRead],
+    place: impl Fn(&PageRead) -> (u64, usize),
+    mut take: impl FnMut(&PageRead, &[u8]) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let segment_of = |read: &PageRead| &paths[read.path as usize].target.segment;
+    let (mut begun, mut ended) = (0, 0);
+    while ended < planned.len() {
+        while begun < planned.len() && reads.has_room() {
+            let read = &planned[begun];
+            let (position, bytes) = place(read);
+            segment_of(read).start_read(reads, position, bytes, begun as u64)?;
+            begun += 1;
+        }
+        let done = reads.next().map_err(|failed| {
+            let read = failed.tag.map_or(ended, |tag| tag as usize);
+            segment_of(&planned[read]).read_failed(failed.error)
+        })?;
+        let taken = take(&planned[done.tag as usize], reads.bytes(&done));
+        reads.release(done);
+        taken?;
+        ended += 1;
+    }
+    Ok(())
+}
+
+/// What becomes one read.
+#[derive(Debug, Clone, Copy)]
+struct Joined {
+    /// Most pages of a read.
+    pages_max: u64,
+    /// Most pages between two wanted ones that are read for nothing.
+    gap_pages: u64,
+}
+
+impl Joined {
+    /// Plans the reads that serve `items[range]`, which are sorted by page.
+    fn plan<T>(
+        &self,
+        path: u32,
+        items: &[T],
+        range: Range<usize>,
+        page_of: impl Fn(&T) -> u64,
+        planned: &mut Vec<PageRead>,
+    ) {
+        let mut begin = range.start;
+        while begin < range.end {
+            let first = page_of(&items[begin]);
+            let (mut last, mut end) = (first, begin);
+            while end < range.end {
+                let page = page_of(&items[end]);
+                // An index page stands between two strides; it is read along.
+                let pages = page - first + 1 + (page / STRIDE_PAGES - first / STRIDE_PAGES);
+                if page > last + 1 + self.gap_pages || pages > self.pages_max && page > first {
+                    break;
+                }
+                last = page;
+                end += 1;
+            }
+            planned.push(PageRead { path, pages: first..last + 1, serves: begin..end });
+            begin = end;
+        }
+    }
+}
+
+/// Index reads of candidates of one path: one per stride. A candidate before the first key of the section is a false
+/// positive that needs no page.
+fn plan_index_reads(
+    section: &Section,
+    candidates: &[Candidate],
+    range: Range<usize>,
+    probes: &[Probe],
+    planned: &mut Vec<PageRead>,
+) {
+    let value_of = |candidate: &Candidate| probes[candidate.probe as usize].value();
+    let mut begin = 0;
+    while begin < candidates.len() {
+        let value = value_of(&candidates[begin]);
+        let later_stride = section.strides.partition_point(|first| first.value() <= value);
+        if later_stride == 0 {
+            begin += 1;
+            continue;
+        }
+        let next = section.strides.get(later_stride).map(|first| first.value());
+        let count = candidates[begin..]
+            .partition_point(|candidate| next.is_none_or(|next| value_of(candidate) < next));
+        let stride = later_stride as u64 - 1;
+        let serves = range.start + begin..range.start + begin + count;
+        planned.push(PageRead { path: candidates[begin].path, pages: stride..stride + 1, serves });
+        begin += count;
+    }
+}
+
+/// Filter pages in memory, and the path whose candidates come out.
+struct FilterWalk<'a> {
+    section: &'a Section,
+    pages: &'a [u8],
+    first_page: u64,
+    path: u32,
+}
+
+impl FilterWalk<'_> {
+    /// Adds those of `probes[range]` that are not found yet and that the filter does not send away.
+    fn collect(&self, probes: &[Probe], range: Range<usize>, candidates: &mut Vec<Candidate>) {
+        let (blocks, kind) = (self.section.filter_blocks, self.section.filter_kind);
+        for (probe_index, probe) in probes[range.clone()].iter().enumerate() {
+            let value = probe.value();
+            let block = filter::block_of(value, blocks);
+            let page = (block / filter::PAGE_BLOCKS - self.first_page) as usize;
+            let block_bytes = self.pages[page * PAGE_BYTES + filter::block_offset(block)..]
+                .first_chunk()
+                .expect("a filter page holds its blocks whole");
+            if filter::may_contain(kind, block_bytes, value) && !probe.is_found() {
+                candidates.push(Candidate { path: self.path, probe: (range.start + probe_index) as u32 });
+            }
+        }
+    }
+}
+
+fn filter_page_of(section: &Section, probe: Probe) -> u64 {
+    filter::block_of(probe.value(), section.filter_blocks) / filter::PAGE_BLOCKS
+}
+
+fn check_filter_pages(target: &Target, first_page: u64, bytes: &[u8]) -> Result<(), StoreError> {
+    let position = target.section().filter_position + first_page * PAGE_BYTES as u64;
+    for (page_index, page) in bytes.chunks(PAGE_BYTES).enumerate() {
+        target.segment.check_sealed(page, position + (page_index * PAGE_BYTES) as u64, "filter page")?;
+    }
+    Ok(())
 }
 
 /// Index of the last of `entries` sorted fingerprints that is at most `value`; the first one is.

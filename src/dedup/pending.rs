@@ -3,12 +3,15 @@
 //! They lie in sorted runs whose sizes at least double from the newest to the oldest, so a key is moved a
 //! logarithmic number of times and a lookup walks few runs.
 //!
-//! Bounds: 16 bytes per key, and as much again while runs are merged or sorted for writing.
+//! Bounds: 16 bytes per key, and as much again while runs are merged or laid out for writing.
 
 use std::collections::BTreeMap;
 
+use rayon::slice::ParallelSliceMut;
+
 use super::bucket::{Bucket, Tally};
 use super::lookup::Probe;
+use super::recent::{BatchRuns, Run};
 use super::segment::SegmentWriter;
 use super::{BUCKETS_MAX, StoreError};
 use crate::event_time::EventTimeMs;
@@ -62,31 +65,16 @@ impl BucketTable {
         *event_times = Some((min.min(time), max.max(time)));
     }
 
+    /// Ordinals, buckets and event times, by ascending bucket.
+    pub(super) fn by_bucket(&self) -> Vec<(u32, Bucket, (EventTimeMs, EventTimeMs))> {
+        let row = |(bucket, ordinal): (&Bucket, &u32)| (*ordinal, *bucket, self.event_times(*ordinal));
+        self.ordinals.iter().map(row).collect()
+    }
+
     fn event_times(&self, ordinal: u32) -> (EventTimeMs, EventTimeMs) {
         let row = &self.rows[ordinal as usize];
         row.event_times.expect("a bucket that holds a key has event times")
     }
-}
-
-/// Sorts keys by bucket and fingerprint and writes them as sections; copies of a key in its bucket collapse.
-/// Gives the keys written per bucket.
-pub(super) fn write_sections(
-    mut entries: Vec<Entry>,
-    table: &BucketTable,
-    writer: &mut SegmentWriter,
-) -> Result<BTreeMap<Bucket, Tally>, StoreError> {
-    entries.sort_unstable_by_key(|entry| (table.bucket(entry.bucket).from, entry.fingerprint));
-    let mut written = BTreeMap::new();
-    for of_bucket in entries.chunk_by(|one, other| one.bucket == other.bucket) {
-        let ordinal = of_bucket[0].bucket;
-        let bucket = table.bucket(ordinal);
-        let mut section = writer.section(bucket, table.event_times(ordinal), of_bucket.len() as u64);
-        for copies in of_bucket.chunk_by(|one, other| one.fingerprint == other.fingerprint) {
-            section.push(copies[0].fingerprint.value())?;
-        }
-        written.insert(bucket, section.finish()?);
-    }
-    Ok(written)
 }
 
 /// Pending keys of one microbatch.
@@ -179,9 +167,72 @@ impl Pending {
         merged
     }
 
-    /// Writes all pending keys as sections; nothing if there are none.
+    /// Drops the keys of buckets that are not to be kept.
+    pub(super) fn retain(&mut self, keep: impl Fn(Bucket) -> bool) {
+        let kept: Vec<bool> = self.table.rows.iter().map(|row| keep(row.bucket)).collect();
+        for run in &mut self.runs {
+            run.retain(|entry| kept[entry.bucket as usize]);
+        }
+    }
+
+    /// Sorts entries as [`Pending::push`] takes them.
+    pub(super) fn sort(&self, entries: &mut [Entry]) {
+        entries.par_sort_unstable_by_key(|entry| self.rank(entry));
+    }
+
+    /// Makes all runs one.
+    pub(super) fn compact(&mut self) {
+        while let [.., older, newer] = self.runs.as_slice() {
+            let merged = self.merged(older, newer);
+            self.runs.truncate(self.runs.len() - 2);
+            self.runs.push(merged);
+        }
+    }
+
+    /// The keys of a compact set, as they are to be remembered. Where all buckets are probed, those of buckets that end at
+    /// or before `complete_since` are left out: what is found must follow from the generation alone.
+    pub(super) fn recent_runs(&self, complete_since: EventTimeMs) -> BatchRuns {
+        let mut runs = BatchRuns::new();
+        for entries in
+            self.runs.iter().flat_map(|run| run.chunk_by(|one, other| self.is_probed_with(one, other)))
+        {
+            let bucket = match self.repeats {
+                Repeats::AnyTime => None,
+                Repeats::SameTime => Some(self.table.bucket(entries[0].bucket)),
+            };
+            let mut run = Run::with_capacity(entries.len());
+            let is_live =
+                |entry: &&Entry| bucket.is_some() || self.table.bucket(entry.bucket).to > complete_since;
+            entries.iter().filter(is_live).for_each(|entry| run.push(entry.fingerprint.value()));
+            runs.insert(bucket, run);
+        }
+        runs
+    }
+
+    fn is_probed_with(&self, one: &Entry, other: &Entry) -> bool {
+        self.repeats == Repeats::AnyTime || one.bucket == other.bucket
+    }
+
+    /// Writes all pending keys of a compact set as sections; nothing if there are none.
     pub(super) fn write(self, writer: &mut SegmentWriter) -> Result<BTreeMap<Bucket, Tally>, StoreError> {
-        write_sections(self.runs.concat(), &self.table, writer)
+        let Self { table, runs, .. } = self;
+        let mut values_of: BTreeMap<Bucket, (u32, Vec<u128>)> = BTreeMap::new();
+        let mut counts = vec![0usize; table.rows.len()];
+        runs.iter().flatten().for_each(|entry| counts[entry.bucket as usize] += 1);
+        let mut places: Vec<Vec<u128>> = counts.into_iter().map(Vec::with_capacity).collect();
+        // Within a bucket the order of the run is that of fingerprints, whatever the run is sorted by first.
+        runs.iter().flatten().for_each(|entry| places[entry.bucket as usize].push(entry.fingerprint.value()));
+        drop(runs);
+        for (ordinal, values) in (0..).zip(places).filter(|(_, values)| !values.is_empty()) {
+            values_of.insert(table.bucket(ordinal), (ordinal, values));
+        }
+        let mut written = BTreeMap::new();
+        for (bucket, (ordinal, values)) in values_of {
+            let mut section = writer.section(bucket, table.event_times(ordinal), values.len() as u64);
+            section.push_all(&values)?;
+            written.insert(bucket, section.finish()?);
+        }
+        Ok(written)
     }
 }
 

@@ -13,7 +13,8 @@
 //!    it is intact. Losing a piece is an error, never "not seen".
 //! 3. The manifest holds the checksum of header, directory and footer; those say where every piece stands.
 //!
-//! Layout of format version 1, little-endian. Positions count from the begin of the file.
+//! Layout of format version 2, little-endian. Positions count from the begin of the file. Version 1 differs in the
+//! kinds of its filters and pages, which both are tags, and is read for ever.
 //! ```text
 //! header     magic "TMDEDUP\0" | version u16 | low 32 bits of XXH3-64 over these 10 bytes | zero u16
 //!            job id 16 B | key spec hash 64 B, zero-filled | epoch u64 | batch u64 | attempt 16 B | number u32
@@ -33,8 +34,11 @@
 //! The version is checked by its own checksum first: a flipped version is told apart from a newer program's.
 //!
 //! Bounds. Writing: two buffers, one page and the page firsts of one stride, whatever the number of keys, plus 11
-//! bytes per stride. Open: 200 bytes per section plus 11 bytes per stride (110 000 keys). A scan: one read buffer
+//! bytes per stride. Open: 200 bytes per section plus 11 bytes per stride (130 000 keys). A scan: one read buffer
 //! and one decoded page.
+
+pub(super) mod alone;
+mod bulk;
 
 use std::fs::File;
 use std::path::Path;
@@ -44,19 +48,23 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::bucket::{Bucket, Digest, Tally};
-use super::filter::{self, FILTER_KIND_SPLIT_BLOCK, PAGE_BLOCKS};
+use super::filter::{self, FilterKind, PAGE_BLOCKS};
 use super::generation::GenerationName;
-use super::page::{CHECKSUM_BYTES, PAGE_BYTES, PAGE_HEAD_BYTES, PageBuilder, is_intact, read_page, seal};
+use super::page::{
+    CHECKSUM_BYTES, PAGE_BYTES, PAGE_HEAD_BYTES, PAGE_KEYS_MAX, PageBuilder, is_intact, page_holds,
+    read_page, seal,
+};
+use super::reads::{ReadFile, Reads};
 use super::{BUCKETS_MAX, KEY_SPEC_HASH_BYTES_MAX, StoreError, StoreSpec, disk};
 use crate::event_time::EventTimeMs;
 use crate::fingerprint::{FINGERPRINT_BYTES, Fingerprint};
 
 /// Newest segment format that this program reads, and the one that it writes.
-pub(super) const SEGMENT_VERSION: u16 = 1;
+pub(super) const SEGMENT_VERSION: u16 = 2;
 /// Pages of a stride: those that one index page covers.
 pub(super) const STRIDE_PAGES: u64 = 256;
 
-const MAGIC: [u8; 8] = *b"TMDEDUP\0";
+pub(super) const MAGIC: [u8; 8] = *b"TMDEDUP\0";
 const END_MAGIC: [u8; 8] = *b"TMDDEND\0";
 const PRELUDE_BYTES: usize = 16;
 const HEADER_BYTES: usize = 136;
@@ -72,7 +80,7 @@ const ALIGNED_KEYS_MIN: u64 = 64 << 10;
 #[serde(try_from = "String", into = "String")]
 pub(super) struct SegmentName {
     pub(super) generation: GenerationName,
-    /// 0 is the batch's own segment, the others are merges.
+    /// 0 is the batch's own segment, the others are merges and adopted loans.
     pub(super) number: u32,
 }
 
@@ -84,7 +92,7 @@ pub(super) struct SegmentEntry {
     pub(super) bytes: u64,
     /// Over header, directory and footer.
     pub(super) checksum: Digest,
-    /// 0 for a batch's own segment, one more than its inputs for a merge.
+    /// 0 for a batch's own segment, one more than its inputs for a merge; a segment that is rewritten keeps its own.
     pub(super) tier: u32,
     pub(super) keys: u64,
     pub(super) event_time_min: EventTimeMs,
@@ -98,6 +106,7 @@ pub(super) struct Section {
     pub(super) event_time_min: EventTimeMs,
     pub(super) event_time_max: EventTimeMs,
     pub(super) tally: Tally,
+    pub(super) filter_kind: FilterKind,
     pub(super) filter_position: u64,
     pub(super) filter_blocks: u64,
     pub(super) pages_position: u64,
@@ -145,7 +154,7 @@ impl Section {
         self.index_position(last) + self.index_bytes(last) as u64
     }
 
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.stride_index_position() + index_page_bytes(self.stride_count() as usize) as u64
     }
 }
@@ -197,6 +206,8 @@ pub(super) struct SegmentWriter {
     seed: u64,
     end: u64,
     write_bytes_max: usize,
+    /// Keys of the whole state, about.
+    state_keys: u64,
     directory: Vec<u8>,
     sections: u64,
     keys: u64,
@@ -213,6 +224,7 @@ pub(super) struct SectionWriter<'a> {
     filter_page_index: u64,
     pages: Stream,
     page: PageBuilder,
+    page_bytes: Vec<u8>,
     stride_firsts: Vec<Fingerprint>,
     strides: Vec<Fingerprint>,
     previous: Option<u128>,
@@ -221,8 +233,14 @@ pub(super) struct SectionWriter<'a> {
 
 impl SegmentWriter {
     /// Begins a segment in a file that was just created.
-    pub(super) fn new(file: File, name: SegmentName, spec: &StoreSpec, write_bytes_max: usize) -> Self {
-        let header = header_of(name, spec);
+    pub(super) fn new(
+        file: File,
+        name: SegmentName,
+        spec: &StoreSpec,
+        write_bytes_max: usize,
+        state_keys: u64,
+    ) -> Self {
+        let header = header_of(SEGMENT_VERSION, name, spec);
         Self {
             file,
             file_name: name.to_string(),
@@ -230,6 +248,7 @@ impl SegmentWriter {
             seed: xxh3_64(&header),
             end: HEADER_BYTES as u64,
             write_bytes_max,
+            state_keys,
             directory: Vec::new(),
             sections: 0,
             keys: 0,
@@ -254,7 +273,7 @@ impl SegmentWriter {
         let align = |position: u64| {
             if keys_max >= ALIGNED_KEYS_MIN { position.next_multiple_of(PAGE_BYTES as u64) } else { position }
         };
-        let filter_blocks = filter::block_count(keys_max);
+        let filter_blocks = filter::block_count(keys_max, self.state_keys);
         let filter_position = align(self.end);
         let filter_bytes = filter::filter_bytes(filter_blocks).expect("a filter has at least one block");
         let pages_position = align(filter_position + filter_bytes);
@@ -263,6 +282,7 @@ impl SegmentWriter {
             event_time_min: event_times.0,
             event_time_max: event_times.1,
             tally: Tally::default(),
+            filter_kind: FilterKind::Direct,
             filter_position,
             filter_blocks,
             pages_position,
@@ -275,7 +295,8 @@ impl SegmentWriter {
             filter_page: vec![0; filter::page_bytes(filter_blocks, 0)],
             filter_page_index: 0,
             pages: Stream::at(pages_position, self.write_bytes_max),
-            page: PageBuilder::default(),
+            page: PageBuilder::for_keys(keys_max),
+            page_bytes: Vec::with_capacity(PAGE_BYTES),
             stride_firsts: Vec::new(),
             strides: Vec::new(),
             previous: None,
@@ -321,31 +342,17 @@ impl SegmentWriter {
 }
 
 impl SectionWriter<'_> {
-    /// Takes the next fingerprint.
-    ///
-    /// # Panics
-    /// If fingerprints do not strictly increase or are more than were announced.
-    pub(super) fn push(&mut self, value: u128) -> Result<(), StoreError> {
-        assert!(self.previous < Some(value), "fingerprints of a section strictly increase");
-        assert!(self.section.tally.keys < self.keys_max, "a section holds no more keys than announced");
-        self.previous = Some(value);
-        self.section.tally.add(Fingerprint::from_value(value));
-        self.add_to_filter(value)?;
-        if !self.page.push(value) {
-            self.write_page(false)?;
-            let taken = self.page.push(value);
-            assert!(taken, "an empty page takes any fingerprint");
-        }
-        Ok(())
-    }
-
     fn add_to_filter(&mut self, value: u128) -> Result<(), StoreError> {
         let block = filter::block_of(value, self.section.filter_blocks);
         while self.filter_page_index < block / PAGE_BLOCKS {
             self.write_filter_page()?;
         }
         let offset = filter::block_offset(block);
-        filter::insert(&mut self.filter_page[offset..offset + filter::BLOCK_BYTES], value);
+        filter::insert(
+            FilterKind::Direct,
+            &mut self.filter_page[offset..offset + filter::BLOCK_BYTES],
+            value,
+        );
         Ok(())
     }
 
@@ -363,13 +370,16 @@ impl SectionWriter<'_> {
 
     fn write_page(&mut self, last: bool) -> Result<(), StoreError> {
         let first = self.page.first().expect("a page that is written holds a key");
-        let mut page = self.page.take_page();
+        let mut page = std::mem::take(&mut self.page_bytes);
+        page.clear();
+        self.page.take_page(&mut page);
         if last {
             self.section.last_page_bytes = page.len() as u64;
         } else {
             page.resize(PAGE_BYTES, 0);
         }
         self.append_sealed(&mut page)?;
+        self.page_bytes = page;
         self.section.pages += 1;
         if self.stride_firsts.is_empty() {
             self.strides.push(Fingerprint::from_value(first));
@@ -426,11 +436,11 @@ fn index_page(firsts: &[Fingerprint]) -> Vec<u8> {
     page
 }
 
-fn header_of(name: SegmentName, spec: &StoreSpec) -> [u8; HEADER_BYTES] {
+fn header_of(version: u16, name: SegmentName, spec: &StoreSpec) -> [u8; HEADER_BYTES] {
     let mut key_spec_hash = [0; KEY_SPEC_HASH_BYTES_MAX];
     key_spec_hash[..spec.key_spec_hash.len()].copy_from_slice(spec.key_spec_hash.as_bytes());
     let mut bytes = Vec::with_capacity(HEADER_BYTES);
-    bytes.extend_from_slice(&prelude(SEGMENT_VERSION));
+    bytes.extend_from_slice(&prelude(version));
     bytes.extend_from_slice(spec.job_id.as_bytes());
     bytes.extend_from_slice(&key_spec_hash);
     bytes.extend_from_slice(&name.generation.epoch.to_le_bytes());
@@ -458,7 +468,7 @@ fn write_entry(section: &Section, directory: &mut Vec<u8>) {
     directory.extend_from_slice(&section.tally.keys.to_le_bytes());
     directory.extend_from_slice(&section.tally.digest.0.to_le_bytes());
     let numbers = [
-        FILTER_KIND_SPLIT_BLOCK,
+        section.filter_kind as u64,
         section.filter_position,
         section.filter_blocks,
         section.pages_position,
@@ -504,7 +514,7 @@ pub(super) struct Segment {
     pub(super) entry: SegmentEntry,
     /// By ascending bucket.
     pub(super) sections: Vec<Section>,
-    file: File,
+    file: ReadFile,
     file_name: String,
     seed: u64,
 }
@@ -532,8 +542,8 @@ impl Segment {
         }
         let mut header = [0; HEADER_BYTES];
         disk::read_at(&file, &file_name, &mut header, 0)?;
-        check_prelude(&header, &file_name)?;
-        if header != header_of(entry.name, spec) {
+        let version = check_prelude(&header, &file_name)?;
+        if header != header_of(version, entry.name, spec) {
             return Err(corrupt("its header is that of another segment, job or key spec".to_owned()));
         }
         let mut footer = [0; FOOTER_BYTES];
@@ -551,6 +561,7 @@ impl Segment {
         }
         let sections = read_directory(&directory, &frame, entry).map_err(corrupt)?;
         let seed = xxh3_64(&header);
+        let file = disk::for_reads(file, bytes);
         let mut segment = Self { entry: entry.clone(), sections, file, file_name, seed };
         segment.read_stride_indexes()?;
         Ok(segment)
@@ -588,7 +599,23 @@ impl Segment {
 
     /// Reads bytes that the caller checks piece by piece with [`Segment::check_sealed`].
     pub(super) fn read(&self, bytes: &mut [u8], position: u64) -> Result<(), StoreError> {
-        disk::read_at(&self.file, &self.file_name, bytes, position)
+        disk::read_at(&self.file.buffered, &self.file_name, bytes, position)
+    }
+
+    /// Begins a read whose bytes the caller checks as those of [`Segment::read`].
+    pub(super) fn start_read(
+        &self,
+        reads: &mut Reads,
+        position: u64,
+        bytes: usize,
+        tag: u64,
+    ) -> Result<(), StoreError> {
+        reads.start(&self.file, position, bytes, tag).map_err(|error| self.read_failed(error))
+    }
+
+    /// The error of a read. A file that ends early is corrupt: its length was checked when it was opened.
+    pub(super) fn read_failed(&self, error: std::io::Error) -> StoreError {
+        disk::read_failed(&self.file_name, error)
     }
 
     /// Refuses a piece that is not what was written at `position`.
@@ -616,9 +643,15 @@ impl Segment {
         self.check_sealed(page, position, "page")?;
         read_page(page, values).map_err(|what| self.corrupt(format!("{what}, at byte {position}")))
     }
+
+    /// Whether a page whose checksum was checked holds a fingerprint.
+    pub(super) fn page_holds(&self, page: &[u8], position: u64, value: u128) -> Result<bool, StoreError> {
+        page_holds(page, value).map_err(|what| self.corrupt(format!("{what}, at byte {position}")))
+    }
 }
 
-fn check_prelude(header: &[u8; HEADER_BYTES], file_name: &str) -> Result<(), StoreError> {
+/// The format version of a header that is one.
+fn check_prelude(header: &[u8; HEADER_BYTES], file_name: &str) -> Result<u16, StoreError> {
     let version = u16::from_le_bytes([header[8], header[9]]);
     if header[..PRELUDE_BYTES] != prelude(version) {
         return Err(StoreError::corrupt(file_name, "its first bytes are not those of a segment"));
@@ -630,10 +663,10 @@ fn check_prelude(header: &[u8; HEADER_BYTES], file_name: &str) -> Result<(), Sto
             known: SEGMENT_VERSION.into(),
         });
     }
-    if version != SEGMENT_VERSION {
-        return Err(StoreError::corrupt(file_name, format!("format version {version} never was")));
+    if version == 0 {
+        return Err(StoreError::corrupt(file_name, "format version 0 never was"));
     }
-    Ok(())
+    Ok(version)
 }
 
 /// What the footer says, checked against the file's length.
@@ -696,12 +729,13 @@ fn read_entry(bytes: &[u8], begin: u64, end: u64) -> Option<Section> {
     let (event_time_min, event_time_max) = (fields.time(), fields.time());
     let keys = fields.number();
     let digest = Digest(u128::from_le_bytes(fields.take()));
-    let filter_kind = fields.number();
+    let filter_kind = FilterKind::of(fields.number())?;
     let section = Section {
         bucket,
         event_time_min,
         event_time_max,
         tally: Tally { keys, digest },
+        filter_kind,
         filter_position: fields.number(),
         filter_blocks: fields.number(),
         pages_position: fields.number(),
@@ -710,11 +744,11 @@ fn read_entry(bytes: &[u8], begin: u64, end: u64) -> Option<Section> {
         strides: Box::default(),
     };
     // Numbers that are no larger than the file can not overflow in what follows.
-    let plausible = filter_kind == FILTER_KIND_SPLIT_BLOCK
-        && bucket.from < bucket.to
+    let plausible = bucket.from < bucket.to
         && (1..=end).contains(&section.filter_blocks)
         && (1..=end / PAGE_HEAD_BYTES as u64).contains(&section.pages)
         && section.pages <= keys
+        && keys.div_ceil(PAGE_KEYS_MAX as u64) <= section.pages
         && (PAGE_HEAD_BYTES as u64..=PAGE_BYTES as u64).contains(&section.last_page_bytes);
     if !plausible {
         return None;
@@ -741,6 +775,8 @@ pub(super) struct SectionScan<'a> {
     next_value: usize,
     previous: Option<u128>,
     tally: Tally,
+    /// Keys of the pages that were taken in bulk.
+    taken_keys: u64,
 }
 
 impl<'a> SectionScan<'a> {
@@ -756,6 +792,7 @@ impl<'a> SectionScan<'a> {
             next_value: 0,
             previous: None,
             tally: Tally::default(),
+            taken_keys: 0,
         }
     }
 

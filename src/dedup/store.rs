@@ -5,58 +5,91 @@
 //! microbatch may be probed already, on the assumption that the commit lands; `abandon` drops both.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rayon::slice::ParallelSliceMut;
+use serde::Serialize;
+
 use super::bucket::{Bucket, BucketTally, Grid, Tally};
-use super::generation::{GenerationName, GenerationRef, Manifest};
-use super::lookup::{Lookup, Probe};
-use super::merge::{FAN_IN, merge};
+use super::generation::{GenerationName, GenerationRef, Manifest, SweepReport, sweep_others};
+use super::lookup::{self, Lookup, Probe, Target};
 use super::pending::{Entry, Pending};
-use super::pins::Pins;
-use super::segment::{Segment, SegmentName, SegmentWriter};
-use super::{BUCKETS_MAX, Key, Limits, StoreError, StoreSpec, Verdict, disk};
+use super::pins::{PinStats, Pins};
+use super::recent::{BatchRuns, Recent};
+use super::segment::Segment;
+use super::tiers::{Merges, SegmentFiles, dead_bytes, write_generation};
+use super::window::{Window, set_width};
+use super::{Key, Limits, StoreError, StoreSpec, Verdict, disk};
 use crate::event_time::EventTimeMs;
+use crate::fingerprint::Fingerprint;
 use crate::job::Repeats;
 
-/// Sizes of a generation and of what is held in memory for it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Sizes of a generation and of what is held in memory for it, and what writing it took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct StoreStats {
     /// Keys of the live buckets.
     pub keys: u64,
     /// Bytes of the segments on disk.
     pub segment_bytes: u64,
-    /// Segments, and so open files.
+    /// Segments. Each is open once, or twice if it is read around the page cache.
     pub segments: u64,
     /// Live buckets.
     pub buckets: u64,
-    /// Bytes of filters and page indexes in memory now.
+    /// Bytes of filters, page indexes and pages in memory now.
     pub pinned_bytes: u64,
+    /// What of them may stay.
+    pub pins: PinStats,
+    /// Bytes of recent keys in memory.
+    pub recent_bytes: u64,
     /// Keys that no generation holds yet.
     pub pending_keys: u64,
+    /// Bytes of the segments that hold keys of buckets that are not live any more; they go with a merge.
+    pub dead_bytes: u64,
+    /// Files that the store needs now: segments, manifests, and outputs of merges.
+    pub files: u64,
+    /// Bytes of the segments that batches wrote, since the store was opened.
+    pub segment_bytes_written: u64,
+    /// Bytes that merges wrote since then. With those of batches, against those of batches alone, this is the write
+    /// amplification.
+    pub merge_bytes_written: u64,
+    /// Merges whose outputs entered a published generation since then.
+    pub merges: u64,
+    /// Merges that were given up for want of disk space since then, to be tried again.
+    pub merges_failed: u64,
+    /// How often [`Store::prepare`] waited for a merge since then.
+    pub merge_waits: u64,
+    /// How long it waited in all, in milliseconds.
+    pub merge_wait_ms: u64,
 }
+
+/// States below this size are read in a blink on any device: it is not measured for them.
+const MEASURED_BYTES_MIN: u64 = 64 << 20;
 
 /// A generation whose segments are open.
 #[derive(Debug)]
-struct Generation {
-    manifest: Manifest,
+pub(super) struct Generation {
+    /// `None` of a state that was never committed.
+    pub(super) name: Option<GenerationName>,
+    pub(super) manifest: Manifest,
     /// Oldest first, as in the manifest.
-    segments: Vec<Arc<Segment>>,
+    pub(super) segments: Vec<Arc<Segment>>,
     /// Places (segment, section) of every live bucket, newest segment first.
-    sections: BTreeMap<Bucket, Vec<(usize, usize)>>,
+    pub(super) sections: BTreeMap<Bucket, Vec<(usize, usize)>>,
+    /// The same of the buckets in their grace.
+    pub(super) grace_sections: BTreeMap<Bucket, Vec<(usize, usize)>>,
 }
 
 impl Generation {
     /// # Errors
     /// [`StoreError::Corrupt`] if the sections of a bucket do not add up to what the manifest counts.
-    fn new(
+    pub(super) fn new(
         manifest: Manifest,
         segments: Vec<Arc<Segment>>,
         name: Option<GenerationName>,
     ) -> Result<Self, StoreError> {
         let mut sections: BTreeMap<Bucket, Vec<(usize, usize)>> =
-            manifest.buckets.iter().map(|tally| (tally.bucket(), Vec::new())).collect();
+            manifest.named_buckets().map(|tally| (tally.bucket(), Vec::new())).collect();
         let mut found: BTreeMap<Bucket, Tally> = BTreeMap::new();
         for (segment_index, segment) in segments.iter().enumerate().rev() {
             for (section_index, section) in segment.sections.iter().enumerate() {
@@ -66,86 +99,53 @@ impl Generation {
                 }
             }
         }
-        for bucket in &manifest.buckets {
+        for bucket in manifest.named_buckets() {
             if found.get(&bucket.bucket()) != Some(&bucket.tally()) {
                 let file = name.map(|name| name.manifest_file()).unwrap_or_default();
                 let what = format!("the segments do not add up to the bucket of {}", bucket.from);
                 return Err(StoreError::corrupt(file, what));
             }
         }
-        Ok(Self { manifest, segments, sections })
-    }
-}
-
-/// Makes the segment files of one generation.
-pub(super) struct SegmentFiles<'a> {
-    folder: &'a Path,
-    spec: &'a StoreSpec,
-    limits: Limits,
-    generation: GenerationName,
-    next_number: u32,
-}
-
-impl<'a> SegmentFiles<'a> {
-    pub(super) fn new(
-        folder: &'a Path,
-        spec: &'a StoreSpec,
-        limits: Limits,
-        generation: GenerationName,
-    ) -> Self {
-        Self { folder, spec, limits, generation, next_number: 0 }
+        let live = sections.split_off(&Bucket { from: manifest.complete_since, to: EventTimeMs(i64::MIN) });
+        Ok(Self { name, manifest, segments, sections: live, grace_sections: sections })
     }
 
-    /// Begins the next segment of the generation.
-    pub(super) fn begin(&mut self) -> Result<(SegmentName, SegmentWriter), StoreError> {
-        let name = SegmentName { generation: self.generation, number: self.next_number };
-        self.next_number += 1;
-        let file = disk::create_new(self.folder, &name.to_string())?;
-        Ok((name, SegmentWriter::new(file, name, self.spec, self.limits.write_bytes_max)))
+    /// Its largest segment, if it is neither small nor fits in so many bytes.
+    pub(super) fn larger_than(&self, bytes: u64) -> Option<Arc<Segment>> {
+        let all: u64 = self.segments.iter().map(|segment| segment.entry.bytes).sum();
+        let largest = self.segments.iter().max_by_key(|segment| segment.entry.bytes);
+        largest.filter(|_| all > bytes.max(MEASURED_BYTES_MIN)).cloned()
     }
 
-    /// Writes the end of a segment and opens it, which checks its frame as a later start will.
-    pub(super) fn end(
-        &self,
-        name: SegmentName,
-        writer: SegmentWriter,
-        tier: u32,
-    ) -> Result<Segment, StoreError> {
-        let (entry, file) = writer.finish(name, tier)?;
-        Segment::from_file(file, &entry, self.spec)
-    }
-
-    /// Removes a segment of this generation that was merged before any manifest named it. Left to the sweep if it
-    /// fails.
-    fn forget(&self, segment: &Segment) {
-        if segment.entry.name.generation == self.generation {
-            let path = self.folder.join(segment.entry.name.to_string());
-            if let Err(error) = std::fs::remove_file(&path) {
-                tracing::debug!(file = %segment.entry.name, %error, "merged segment is left to the sweep");
-            }
-        }
+    /// Names of its manifest and its segments.
+    fn file_names(&self) -> impl Iterator<Item = String> {
+        let manifest = self.name.map(|name| name.manifest_file());
+        manifest.into_iter().chain(self.segments.iter().map(|segment| segment.entry.name.to_string()))
     }
 }
 
 /// Dedup state of one job, opened at one generation.
 #[derive(Debug)]
 pub struct Store {
-    folder: PathBuf,
-    spec: StoreSpec,
-    limits: Limits,
-    current: Generation,
-    prepared: Option<Generation>,
-    pending: Pending,
-    grid: Option<Grid>,
+    pub(super) folder: PathBuf,
+    pub(super) spec: StoreSpec,
+    pub(super) current: Generation,
+    pub(super) prepared: Option<Generation>,
+    pub(super) pending: Pending,
+    pub(super) grid: Option<Grid>,
+    pub(super) window: Window,
     pins: Pins,
     lookup: Lookup,
+    recent: Recent,
+    merging: Merges,
     broken: bool,
 }
 
 impl Store {
     /// Opens the generation that the ledger names, or an empty state if it names none, in a folder that holds one
     /// job's state and is made if it is not there. Reads and checks the manifest and the frame of every segment;
-    /// pages are checked as they are read.
+    /// pages are checked as they are read. Merges that are due begin at once, on threads of their own, so a folder has
+    /// one store at a time: its owner's.
     ///
     /// Memory: `memory_bytes`, at least [`STORE_MEMORY_BYTES_MIN`](super::STORE_MEMORY_BYTES_MIN); pending keys
     /// and the probe batch in work come on top, see the module head.
@@ -172,22 +172,32 @@ impl Store {
     ) -> Result<Self, StoreError> {
         spec.check()?;
         disk::make_folder(folder)?;
-        let current = match generation {
+        let mut current = match generation {
             None => Generation::new(Manifest::empty(&spec), Vec::new(), None)?,
             Some(reference) => open_generation(folder, &spec, reference)?,
         };
+        set_width(&mut current.manifest, spec.bucket_width_ms);
+        let mut merging = Merges::new(SegmentFiles {
+            folder: folder.to_owned(),
+            spec: spec.clone(),
+            limits,
+            state_keys: current.manifest.buckets.iter().map(|bucket| bucket.keys).sum(),
+        });
+        merging.start_due(&current);
         let mut pins = Pins::new(limits.pinned_bytes_max);
-        pins.plan(&current.segments);
+        pins.plan(&current.segments, current.manifest.complete_since);
         Ok(Self {
             folder: folder.to_owned(),
             grid: current.manifest.grid(),
             pending: Pending::new(spec.repeats),
-            lookup: Lookup::new(limits.window_bytes_max),
+            lookup: Lookup::new(limits.read_buffer_bytes),
+            recent: Recent::new(limits.recent_keys_max),
             spec,
-            limits,
             current,
             prepared: None,
+            window: Window::default(),
             pins,
+            merging,
             broken: false,
         })
     }
@@ -196,7 +206,8 @@ impl Store {
     /// wins, so the caller passes rows in the order of their places. New keys become pending: later probes see
     /// them, and [`Store::prepare`] writes them.
     ///
-    /// Costs 40 bytes per key and at most one read of each page; no sync.
+    /// Costs 37 bytes per key (53 where a bucket is probed) and at most one read of each page by each unit of the batch; no
+    /// sync.
     ///
     /// # Errors
     /// Any [`StoreError`]; then no key became pending and the batch may be probed again or abandoned. A page that
@@ -209,110 +220,148 @@ impl Store {
         if self.broken {
             return Err(StoreError::Broken);
         }
-        let Groups { mut probes, groups } = self.groups(keys)?;
-        for group in groups.iter().filter(|group| !group.range.is_empty()) {
-            let of_group = &mut probes[group.range.clone()];
-            of_group.sort_unstable();
-            mark_later_copies(of_group);
-            self.pending.mark_found(group.bucket, of_group);
-            self.mark_found_on_disk(group.bucket, of_group)?;
-        }
+        let ordinals = self.ordinals(keys)?;
+        let Groups { mut probes, groups } = self.groups(keys, &ordinals);
+        self.mark_found(&mut probes, &groups)?;
 
         let mut verdicts = vec![Verdict::Duplicate; keys.len()];
-        let mut new_keys = Vec::new();
+        let new = probes.iter().filter(|probe| !probe.is_found()).count();
+        let mut new_keys = Vec::with_capacity(new);
         for probe in probes.iter().filter(|probe| !probe.is_found()) {
-            let key = &keys[probe.index()];
-            let bucket = self.ordinal(key)?;
-            self.pending.table.note(bucket, key.event_time);
-            new_keys.push(Entry { fingerprint: key.fingerprint, bucket });
+            let fingerprint = Fingerprint::from_value(probe.value());
+            new_keys.push(Entry { fingerprint, bucket: ordinals[probe.index()] });
             verdicts[probe.index()] = Verdict::New;
         }
         self.pending.push(new_keys);
         Ok(verdicts)
     }
 
-    /// Puts keys together that are looked for in the same place: all of them, or those of each bucket.
-    fn groups(&mut self, keys: &[Key]) -> Result<Groups, StoreError> {
-        if let (None, Some(largest)) = (self.grid, keys.iter().map(|key| key.event_time).max()) {
-            self.grid = Some(Grid::below(largest, self.probed().manifest.bucket_width_ms));
+    /// Takes keys as pending that the caller knows to be new, without looking them up: keys of a table whose rows are
+    /// unique already. In any order; none may be in the state, pending, or here twice.
+    ///
+    /// # Errors
+    /// As [`Store::probe`].
+    pub fn append_unprobed(&mut self, keys: &[Key]) -> Result<(), StoreError> {
+        if self.broken {
+            return Err(StoreError::Broken);
         }
-        let complete_since = self.probed().manifest.complete_since;
-        if let Some(early) = keys.iter().find(|key| key.event_time < complete_since) {
-            return Err(StoreError::BeforeComplete { event_time: early.event_time, complete_since });
-        }
-        let probe = |(index, key): (usize, &Key)| Probe::new(key.fingerprint.value(), index as u32);
-        match self.spec.repeats {
-            Repeats::AnyTime => {
-                let probes: Vec<Probe> = keys.iter().enumerate().map(probe).collect();
-                let groups = vec![Group { bucket: 0, range: 0..probes.len() }];
-                Ok(Groups { probes, groups })
-            }
-            Repeats::SameTime => {
-                let buckets = keys.iter().map(|key| self.ordinal(key)).collect::<Result<Vec<_>, _>>()?;
-                let mut groups = Vec::new();
-                for bucket in &buckets {
-                    let bucket_index = *bucket as usize;
-                    while groups.len() <= bucket_index {
-                        groups.push(Group { bucket: groups.len() as u32, range: 0..0 });
-                    }
-                    groups[bucket_index].range.end += 1;
+        let ordinals = self.ordinals(keys)?;
+        let entries = keys.iter().zip(ordinals);
+        let mut entries: Vec<Entry> =
+            entries.map(|(key, bucket)| Entry { fingerprint: key.fingerprint, bucket }).collect();
+        self.pending.sort(&mut entries);
+        self.pending.push(entries);
+        Ok(())
+    }
+
+    /// The bucket of every key, as its ordinal among the pending ones.
+    fn ordinals(&mut self, keys: &[Key]) -> Result<Vec<u32>, StoreError> {
+        let Some(largest) = keys.iter().map(|key| key.event_time).max() else { return Ok(Vec::new()) };
+        let width_ms = self.probed().manifest.bucket_width_ms;
+        let grid = *self.grid.get_or_insert_with(|| Grid::below(largest, width_ms));
+        self.admit(keys)?;
+        let mut ordinals = Vec::with_capacity(keys.len());
+        // Neighbours mostly share their bucket.
+        let mut last: Option<(Bucket, u32)> = None;
+        for key in keys {
+            let (bucket, ordinal) = match last {
+                Some(same) if same.0.holds(key.event_time) => same,
+                _ => {
+                    let bucket = grid.bucket_of(key.event_time);
+                    (bucket, self.pending.table.ordinal(bucket)?)
                 }
+            };
+            last = Some((bucket, ordinal));
+            self.pending.table.note(ordinal, key.event_time);
+            ordinals.push(ordinal);
+        }
+        Ok(ordinals)
+    }
+
+    /// Sorts the probes of each group and marks those that were seen.
+    fn mark_found(&mut self, probes: &mut [Probe], groups: &[Group]) -> Result<(), StoreError> {
+        self.measure_device()?;
+        let Self { current, prepared, pending, pins, lookup, recent, spec, window, .. } = self;
+        let generation: &Generation = prepared.as_ref().unwrap_or(current);
+        let mut lookups = Vec::new();
+        let mut places = Vec::new();
+        let mut rest = probes;
+        for group in groups.iter().filter(|group| group.keys > 0) {
+            let (of_group, others) = rest.split_at_mut(group.keys);
+            rest = others;
+            of_group.par_sort_unstable();
+            mark_later_copies(of_group);
+            let bucket = match spec.repeats {
+                Repeats::AnyTime => None,
+                Repeats::SameTime => Some(pending.table.bucket(group.ordinal)),
+            };
+            let target = |(segment, section_index): (Arc<Segment>, usize)| {
+                let pinned = pins.of(&segment, section_index);
+                Target { segment, section_index, pinned }
+            };
+            let targets = window.sections(generation, bucket).into_iter().map(target).collect();
+            lookups.push(lookup::Group { probes: of_group, targets });
+            places.push((group.ordinal, bucket));
+        }
+        lookup.mark_found(
+            &mut lookups,
+            |group_index, unit| pending.mark_found(places[group_index].0, unit),
+            |group_index, candidates| recent.mark_found(places[group_index].1, candidates),
+        )
+    }
+
+    /// Measures the device when the state no longer fits in memory: before, no choice depends on it.
+    fn measure_device(&mut self) -> Result<(), StoreError> {
+        let largest = self.probed().larger_than(self.pins.bytes_max());
+        largest.map_or(Ok(()), |largest| self.lookup.measure(&largest))
+    }
+
+    /// Puts keys together that are looked for in the same place: all of them, or those of each bucket.
+    fn groups(&self, keys: &[Key], ordinals: &[u32]) -> Groups {
+        let probe = |index: usize| Probe::new(keys[index].fingerprint.value(), index as u32);
+        match self.spec.repeats {
+            Repeats::AnyTime => Groups {
+                probes: (0..keys.len()).map(probe).collect(),
+                groups: vec![Group { ordinal: 0, keys: keys.len() }],
+            },
+            Repeats::SameTime => {
+                let buckets = ordinals.iter().max().map_or(0, |last| *last as usize + 1);
+                let mut groups: Vec<Group> =
+                    (0..buckets).map(|ordinal| Group { ordinal: ordinal as u32, keys: 0 }).collect();
+                ordinals.iter().for_each(|ordinal| groups[*ordinal as usize].keys += 1);
+                let mut next = Vec::with_capacity(buckets);
                 let mut begin = 0;
-                for group in &mut groups {
-                    let keys_of_group = group.range.end;
-                    // The end grows again as the probes are put in their places.
-                    group.range = begin..begin;
-                    begin += keys_of_group;
+                for group in &groups {
+                    next.push(begin);
+                    begin += group.keys;
                 }
                 let mut probes = vec![Probe::new(0, 0); keys.len()];
-                for (index, bucket) in buckets.iter().enumerate() {
-                    let end = &mut groups[*bucket as usize].range.end;
-                    probes[*end] = probe((index, &keys[index]));
-                    *end += 1;
+                for (index, ordinal) in ordinals.iter().enumerate() {
+                    let place = &mut next[*ordinal as usize];
+                    probes[*place] = probe(index);
+                    *place += 1;
                 }
-                Ok(Groups { probes, groups })
-            }
-        }
-    }
-
-    /// The ordinal of a key's bucket among the pending ones.
-    fn ordinal(&mut self, key: &Key) -> Result<u32, StoreError> {
-        let grid = self.grid.expect("the grid is set before the first key is placed");
-        self.pending.table.ordinal(grid.bucket_of(key.event_time))
-    }
-
-    fn mark_found_on_disk(&mut self, bucket: u32, probes: &mut [Probe]) -> Result<(), StoreError> {
-        let Self { current, prepared, pending, pins, lookup, .. } = self;
-        let generation = prepared.as_ref().unwrap_or(current);
-        let mut mark = |places: &[(usize, usize)]| {
-            places.iter().try_for_each(|(segment_index, section_index)| {
-                lookup.mark_found(&generation.segments[*segment_index], *section_index, pins, probes)
-            })
-        };
-        match generation.manifest.repeats {
-            Repeats::AnyTime => generation.sections.values().try_for_each(|places| mark(places)),
-            Repeats::SameTime => {
-                let places = generation.sections.get(&pending.table.bucket(bucket));
-                places.map_or(Ok(()), |places| mark(places))
+                Groups { probes, groups }
             }
         }
     }
 
     /// The generation that probes use: the prepared one, as soon as there is one.
-    fn probed(&self) -> &Generation {
+    pub(super) fn probed(&self) -> &Generation {
         self.prepared.as_ref().unwrap_or(&self.current)
     }
 
-    /// Writes the pending keys as one segment, merges tiers that are full, and writes the manifest of the next
-    /// generation; all of it is durable when this returns. The generation becomes the state when the caller's
-    /// commit names it: then call [`Store::publish`], else [`Store::abandon`]. Without pending keys only a
+    /// Writes the pending keys as one segment, takes what was merged in the background, and writes the manifest of
+    /// the next generation; all of it is durable when this returns. The generation becomes the state when the
+    /// caller's commit names it: then call [`Store::publish`], else [`Store::abandon`]. Without pending keys only a
     /// manifest is written.
     ///
-    /// Costs as many bytes again as the pending keys take, and two syncs of files, one of the folder, and one per
-    /// merge.
+    /// Costs as many bytes again as the pending keys take, and two syncs of files and one of the folder. Waits for a
+    /// merge only if a tier would have more than 15 segments; merges that are due begin when this returns.
     ///
     /// # Errors
-    /// Any [`StoreError`]; the files written so far are named by nobody. Abandon the batch; the name is spent.
+    /// Any [`StoreError`], that of a merge in the background too; the files written so far are named by nobody.
+    /// Abandon the batch; the name is spent.
     ///
     /// # Panics
     /// If a generation is prepared already.
@@ -326,43 +375,28 @@ impl Store {
         }
         // The pending keys leave memory here: until the generation is whole, nothing may be probed.
         self.broken = true;
-        let pending = std::mem::replace(&mut self.pending, Pending::new(self.spec.repeats));
-        let (generation, reference) = self.write_generation(name, pending)?;
-        self.pins.plan(&generation.segments);
+        let mut pending = std::mem::replace(&mut self.pending, Pending::new(self.spec.repeats));
+        let window = std::mem::take(&mut self.window);
+        window.drop_borrowed(&mut pending);
+        pending.compact();
+        let mut runs = match self.recent.takes(pending.keys()) {
+            true => pending.recent_runs(self.complete_since()),
+            false => BatchRuns::new(),
+        };
+        let (generation, reference) =
+            write_generation(&mut self.merging, &self.current, self.grid, name, pending, &window)?;
+        let expired = generation.manifest.complete_since > self.current.manifest.complete_since;
+        if expired && self.spec.repeats == Repeats::AnyTime {
+            // What is found must follow from the generation, not from what happens to be in memory still.
+            self.recent.clear();
+            runs = BatchRuns::new();
+        }
+        self.grid = generation.manifest.grid();
+        self.pins.plan(&generation.segments, generation.manifest.complete_since);
         self.prepared = Some(generation);
+        self.recent.push(runs);
         self.broken = false;
         Ok(reference)
-    }
-
-    fn write_generation(
-        &self,
-        name: GenerationName,
-        pending: Pending,
-    ) -> Result<(Generation, GenerationRef), StoreError> {
-        let mut manifest = self.current.manifest.clone();
-        let mut segments = self.current.segments.clone();
-        manifest.floor = self.grid.map(|grid| grid.floor());
-        let mut tallies: BTreeMap<Bucket, Tally> =
-            manifest.buckets.iter().map(|bucket| (bucket.bucket(), bucket.tally())).collect();
-        let mut files = SegmentFiles::new(&self.folder, &self.spec, self.limits, name);
-
-        if pending.keys() > 0 {
-            let (segment_name, mut writer) = files.begin()?;
-            for (bucket, tally) in pending.write(&mut writer)? {
-                tallies.entry(bucket).or_default().add_all(tally);
-            }
-            segments.push(Arc::new(files.end(segment_name, writer, 0)?));
-        }
-        if tallies.len() > BUCKETS_MAX {
-            return Err(StoreError::TooManyBuckets { buckets_max: BUCKETS_MAX });
-        }
-        manifest.buckets = tallies.iter().map(|(bucket, tally)| BucketTally::new(*bucket, *tally)).collect();
-        merge_tiers(&mut files, &mut manifest, &mut segments)?;
-
-        manifest.segments = segments.iter().map(|segment| segment.entry.clone()).collect();
-        let reference = manifest.write(&self.folder, name)?;
-        disk::sync_folder(&self.folder)?;
-        Ok((Generation::new(manifest, segments, Some(name))?, reference))
     }
 
     /// Makes the prepared generation the one in use. To be called when the commit that names it has landed.
@@ -372,16 +406,59 @@ impl Store {
     pub fn publish(&mut self) {
         let prepared = self.prepared.take();
         self.current = prepared.expect("a generation is prepared before it is published");
+        self.merging.published();
     }
 
-    /// Drops pending keys and the prepared generation: nothing of this microbatch counts as seen. Files stay for
+    /// Drops pending keys, loans and the prepared generation: nothing of this microbatch counts as seen. Files stay for
     /// [`sweep`](super::sweep).
     pub fn abandon(&mut self) {
-        self.prepared = None;
+        if self.prepared.take().is_some() {
+            self.recent.forget_last();
+        }
         self.pending = Pending::new(self.spec.repeats);
+        self.window = Window::default();
         self.grid = self.current.manifest.grid();
-        self.pins.plan(&self.current.segments);
+        self.pins.plan(&self.current.segments, self.current.manifest.complete_since);
+        self.merging.abandoned();
         self.broken = false;
+    }
+
+    /// As [`sweep`](super::sweep), and spares what this store needs: its generation, one that is prepared, and the
+    /// files of merges that run or ended. So an owner may pass its own epoch plus one after each of its commits, with
+    /// the last generations that its ledger names in `keep`.
+    ///
+    /// # Errors
+    /// Those of [`sweep`](super::sweep).
+    pub fn sweep(&mut self, keep: &[GenerationRef], epoch: u64) -> Result<SweepReport, StoreError> {
+        let mut needed = self.merging.file_names();
+        needed.extend(self.current.file_names());
+        needed.extend(self.prepared.iter().flat_map(Generation::file_names));
+        let report = sweep_others(&self.folder, keep, epoch, needed)?;
+        self.merging.swept(report.files);
+        Ok(report)
+    }
+
+    /// About how many files this store made, needs no more, and has not swept. Kept generations may still need them.
+    pub fn retired_files(&self) -> u64 {
+        self.merging.retired_files()
+    }
+
+    /// Waits for the merges that run.
+    #[cfg(test)]
+    pub(super) fn finish_merges(&mut self) {
+        self.merging.finish();
+    }
+
+    /// From now on merges end only if someone waits for them.
+    #[cfg(test)]
+    pub(super) fn hold_merges(&mut self) {
+        self.merging.hold();
+    }
+
+    /// From now on merges find no space on the disk, or find it again.
+    #[cfg(test)]
+    pub(super) fn set_disk_full(&mut self, is_full: bool) {
+        self.merging.set_disk_full(is_full);
     }
 
     /// Bytes that the pending keys take at most, with the copy that [`Store::prepare`] makes. The caller ends the
@@ -396,7 +473,8 @@ impl Store {
         &self.probed().manifest.buckets
     }
 
-    /// From this event time on the generation that probes use holds all keys. Keys before it are refused.
+    /// From this event time on the generation that probes use holds all keys. Keys before it need a bucket in its grace
+    /// or a loan: see [`Store::missing_buckets`].
     pub fn complete_since(&self) -> EventTimeMs {
         self.probed().manifest.complete_since
     }
@@ -411,16 +489,30 @@ impl Store {
         self.probed().manifest.bucket_width_ms
     }
 
-    /// Sizes of the generation that probes use.
+    /// Sizes of the generation that probes use, and what was written since the store was opened.
     pub fn stats(&self) -> StoreStats {
         let generation = self.probed();
+        let written = self.merging.stats();
+        let mut files = self.merging.file_names();
+        files.extend(self.current.file_names());
+        files.extend(self.prepared.iter().flat_map(Generation::file_names));
         StoreStats {
             keys: generation.manifest.buckets.iter().map(|bucket| bucket.keys).sum(),
             segment_bytes: generation.segments.iter().map(|segment| segment.entry.bytes).sum(),
             segments: generation.segments.len() as u64,
             buckets: generation.manifest.buckets.len() as u64,
             pinned_bytes: self.pins.bytes(),
+            pins: self.pins.stats(),
+            recent_bytes: self.recent.bytes(),
             pending_keys: self.pending.keys(),
+            dead_bytes: dead_bytes(generation),
+            files: files.len() as u64,
+            segment_bytes_written: written.segment_bytes_written,
+            merge_bytes_written: written.merge_bytes_written,
+            merges: written.merges,
+            merges_failed: written.merges_failed,
+            merge_waits: written.merge_waits,
+            merge_wait_ms: written.merge_wait_ms,
         }
     }
 }
@@ -433,8 +525,8 @@ struct Groups {
 
 struct Group {
     /// Ordinal of the only bucket in which the keys are looked for; 0 if they are looked for in all.
-    bucket: u32,
-    range: Range<usize>,
+    ordinal: u32,
+    keys: usize,
 }
 
 /// Marks every copy of a key but the first one. Probes are sorted by fingerprint, then by place.
@@ -448,7 +540,7 @@ fn mark_later_copies(probes: &mut [Probe]) {
     }
 }
 
-fn open_generation(
+pub(super) fn open_generation(
     folder: &Path,
     spec: &StoreSpec,
     reference: &GenerationRef,
@@ -461,45 +553,4 @@ fn open_generation(
         .map(|entry| Segment::open(folder, entry, spec).map(Arc::new))
         .collect::<Result<Vec<_>, _>>()?;
     Generation::new(manifest, segments, Some(reference.name))
-}
-
-/// Merges the oldest segments of every tier that holds [`FAN_IN`] into one of the next tier.
-fn merge_tiers(
-    files: &mut SegmentFiles<'_>,
-    manifest: &mut Manifest,
-    segments: &mut Vec<Arc<Segment>>,
-) -> Result<(), StoreError> {
-    while let Some((tier, inputs)) = full_tier(segments) {
-        let (name, mut writer) = files.begin()?;
-        let live = manifest.live_buckets();
-        let merged = merge(&inputs, Some(&live), &mut writer, files.limits.merge_read_bytes_max)?;
-        for bucket in &mut manifest.buckets {
-            if let Some(collapsed) = merged.collapsed.get(&bucket.bucket()) {
-                let left = bucket.tally().less(*collapsed).unwrap_or_default();
-                *bucket = BucketTally::new(bucket.bucket(), left);
-            }
-        }
-        let is_input = |segment: &Arc<Segment>| inputs.iter().any(|input| Arc::ptr_eq(input, segment));
-        let place = segments.iter().position(is_input).unwrap_or(segments.len());
-        segments.retain(|segment| !is_input(segment));
-        if !writer.is_empty() {
-            segments.insert(place, Arc::new(files.end(name, writer, tier + 1)?));
-        }
-        for input in inputs {
-            files.forget(&input);
-        }
-    }
-    Ok(())
-}
-
-fn full_tier(segments: &[Arc<Segment>]) -> Option<(u32, Vec<Arc<Segment>>)> {
-    let mut tiers: BTreeMap<u32, Vec<Arc<Segment>>> = BTreeMap::new();
-    for segment in segments {
-        let tier = tiers.entry(segment.entry.tier).or_default();
-        tier.push(segment.clone());
-        if tier.len() == FAN_IN {
-            return Some((segment.entry.tier, std::mem::take(tier)));
-        }
-    }
-    None
 }

@@ -13,7 +13,7 @@ use super::filter;
 use super::generation::{GenerationRef, Manifest};
 use super::page::fingerprint_at;
 use super::segment::{STRIDE_PAGES, Section, SectionScan, Segment, index_entry_offset};
-use super::{StoreError, StoreSpec, TRANSFER_BYTES_MAX};
+use super::{StoreError, TRANSFER_BYTES_MAX};
 
 /// What was read and found right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,34 +26,66 @@ pub struct VerifyReport {
     pub segment_bytes: u64,
 }
 
+/// How far a verification is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifyProgress {
+    /// The segment that is being read.
+    pub segment: String,
+    /// Segments that were read and found right.
+    pub segments_done: u64,
+    /// Segments of the generation.
+    pub segments: u64,
+    /// Bytes of the segments that were read.
+    pub bytes_done: u64,
+    /// Bytes of the segments.
+    pub bytes: u64,
+}
+
 /// Reads and checks a whole generation.
 ///
 /// # Errors
 /// The [`StoreError`] of the first thing that is wrong; [`StoreError::Missing`] and [`StoreError::Corrupt`] name
 /// the file.
 pub fn verify(folder: &Path, generation: &GenerationRef) -> Result<VerifyReport, StoreError> {
+    verify_with_progress(folder, generation, &mut |_| {})
+}
+
+/// As [`verify`]; says how far it is when a segment begins and about once per mebibyte of it.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_with_progress(
+    folder: &Path,
+    generation: &GenerationRef,
+    progress: &mut dyn FnMut(&VerifyProgress),
+) -> Result<VerifyReport, StoreError> {
     let manifest = Manifest::read(folder, generation)?;
-    let spec = StoreSpec {
-        job_id: manifest.job_id,
-        key_spec_hash: manifest.key_spec_hash.clone(),
-        seed: manifest.seed,
-        shards: manifest.shards,
-        bucket_width_ms: manifest.bucket_width_ms,
-        repeats: manifest.repeats,
-    };
+    let spec = manifest.spec();
     spec.check()?;
     let mut report = VerifyReport::default();
     let mut found: BTreeMap<Bucket, Tally> = BTreeMap::new();
+    let bytes = manifest.segments.iter().map(|segment| segment.bytes).sum();
     for entry in &manifest.segments {
         let segment = Segment::open(folder, entry, &spec)?;
+        let mut at = VerifyProgress {
+            segment: entry.name.to_string(),
+            segments_done: report.segments,
+            segments: manifest.segments.len() as u64,
+            bytes_done: report.segment_bytes,
+            bytes,
+        };
+        progress(&at);
         for section in &segment.sections {
-            verify_section(&segment, section)?;
+            verify_section(&segment, section, &mut |position| {
+                at.bytes_done = report.segment_bytes + position;
+                progress(&at);
+            })?;
             found.entry(section.bucket).or_default().add_all(section.tally);
         }
         report.segments += 1;
         report.segment_bytes += entry.bytes;
     }
-    for bucket in &manifest.buckets {
+    for bucket in manifest.named_buckets() {
         if found.get(&bucket.bucket()) != Some(&bucket.tally()) {
             let what = format!("the segments do not add up to the bucket of {}", bucket.from);
             return Err(StoreError::corrupt(generation.name.manifest_file(), what));
@@ -63,7 +95,12 @@ pub fn verify(folder: &Path, generation: &GenerationRef) -> Result<VerifyReport,
     Ok(report)
 }
 
-fn verify_section(segment: &Segment, section: &Section) -> Result<(), StoreError> {
+/// Reads and checks every piece of a section; calls `reached` with a byte of the file per stride.
+pub(super) fn verify_section(
+    segment: &Segment,
+    section: &Section,
+    reached: &mut dyn FnMut(u64),
+) -> Result<(), StoreError> {
     let mut filter_page = FilterPage { segment, section, page: None, bytes: Vec::new() };
     let mut index_page = Vec::new();
     let mut scan = SectionScan::new(segment, section, TRANSFER_BYTES_MAX as usize);
@@ -73,6 +110,7 @@ fn verify_section(segment: &Segment, section: &Section) -> Result<(), StoreError
         let entry = (page % STRIDE_PAGES) as usize;
         if entry == 0 {
             let stride = page / STRIDE_PAGES;
+            reached(section.page_position(page));
             index_page.resize(section.index_bytes(stride), 0);
             segment.read_sealed(&mut index_page, section.index_position(stride), "index page")?;
             if section.strides[stride as usize].value() != first {
@@ -100,7 +138,7 @@ impl FilterPage<'_> {
         self.read_to(block / filter::PAGE_BLOCKS)?;
         let holds = self.bytes[filter::block_offset(block)..]
             .first_chunk()
-            .is_some_and(|block| filter::may_contain(block, value));
+            .is_some_and(|block| filter::may_contain(self.section.filter_kind, block, value));
         if holds { Ok(()) } else { Err(self.segment.corrupt("a filter does not hold a key of its section")) }
     }
 

@@ -45,10 +45,10 @@ pub use self::problem::{JobErrors, Problem};
 use self::reader::{Desk, Section};
 use self::tree::{Environment, JOB_FILE_BYTES_MAX};
 use super::{
-    AHEAD_MAX_DEFAULT, ALLOWED_LATENESS_DEFAULT, Dedup, EventTimeRule, IDLE_AFTER_DEFAULT,
-    JOB_FORMAT_VERSION, Job, LatePolicy, MEMORY_BYTES_DEFAULT, MicrobatchLimits, OPEN_TIME_MAX_DEFAULT,
-    PAYLOAD_BYTES_MAX_DEFAULT, RECORDS_MAX_DEFAULT, Repeats, SHARDS_DEFAULT, SHARDS_MAX, STATE_DIR_DEFAULT,
-    WATERMARK_DELAY_DEFAULT, WINDOW_DEFAULT,
+    AHEAD_MAX_DEFAULT, ALLOWED_LATENESS_DEFAULT, BeyondWindow, BucketFrom, Dedup, EventTimeRule,
+    IDLE_AFTER_DEFAULT, IdKind, JOB_FORMAT_VERSION, Job, LatePolicy, MEMORY_BYTES_DEFAULT, MicrobatchLimits,
+    OPEN_TIME_MAX_DEFAULT, PAYLOAD_BYTES_MAX_DEFAULT, RECORDS_MAX_DEFAULT, Repeats, SHARDS_DEFAULT,
+    SHARDS_MAX, STATE_DIR_DEFAULT, WATERMARK_DELAY_DEFAULT, WINDOW_DEFAULT,
 };
 
 /// A job file's text and what the command line lays over it.
@@ -268,8 +268,14 @@ fn read_state_dir(root: &mut Section<'_, '_>) -> PathBuf {
 }
 
 fn read_dedup(section: Option<Section<'_, '_>>, types: &BTreeMap<String, Option<PrimitiveType>>) -> Dedup {
-    let mut dedup =
-        Dedup { key: Vec::new(), window: WINDOW_DEFAULT, repeats: Repeats::AnyTime, shards: SHARDS_DEFAULT };
+    let mut dedup = Dedup {
+        key: Vec::new(),
+        window: WINDOW_DEFAULT,
+        repeats: Repeats::AnyTime,
+        shards: SHARDS_DEFAULT,
+        bucket_from: BucketFrom::EventTime,
+        beyond_window: BeyondWindow::Check,
+    };
     let Some(mut section) = section else { return dedup };
     if let Some(field) = section.need("key", "an array of columns: [\"event_id\"]") {
         let elements = field.texts("an array of columns: [\"event_id\"]");
@@ -312,10 +318,63 @@ fn read_dedup(section: Option<Section<'_, '_>>, types: &BTreeMap<String, Option<
             ),
         }
     }
-    section.not_built("beyond_window", "beyond_window; leave it out");
-    section.not_built("bucket_from", "bucket_from; buckets are cut by [event_time] column");
+    if let Some(field) = section.get("beyond_window") {
+        let later = [("side", "\"check\" reads the bucket of such an event from the table")];
+        dedup.beyond_window =
+            field.choice(&[("check", BeyondWindow::Check)], &later).unwrap_or(BeyondWindow::Check);
+    }
+    dedup.bucket_from = read_bucket_from(&mut section, &dedup, types);
     section.finish();
     dedup
+}
+
+/// `bucket_from` and `id_column`. The id is a column of the key: then every copy of a key falls into one bucket.
+fn read_bucket_from(
+    section: &mut Section<'_, '_>,
+    dedup: &Dedup,
+    types: &BTreeMap<String, Option<PrimitiveType>>,
+) -> BucketFrom {
+    let words = [("event_time", None), ("uuid7", Some(IdKind::Uuid7)), ("ulid", Some(IdKind::Ulid))];
+    let Some(source) = section.get("bucket_from") else { return BucketFrom::EventTime };
+    let Some(kind) = source.choice(&words, &[]).flatten() else { return BucketFrom::EventTime };
+    let named = section.get("id_column");
+    if dedup.repeats == Repeats::AnyTime {
+        source
+            .wrong(format!("bucket_from is {:?}, and repeats is \"any_time\"", kind.name()))
+            .expecting("repeats = \"same_time\"")
+            .hinting(
+                "with any_time every bucket is probed, so it does not matter where a key's bucket comes from",
+            );
+    }
+    let (field, column) = match &named {
+        Some(field) => (field, field.text().unwrap_or_default().to_owned()),
+        None if dedup.key.len() > 1 => {
+            source
+                .wrong("bucket_from reads the time of an id, and the key has several columns")
+                .expecting("id_column = the column of the key that holds the id");
+            return BucketFrom::EventTime;
+        }
+        None => (&source, dedup.key.first().cloned().unwrap_or_default()),
+    };
+    if !dedup.key.is_empty() && !dedup.key.contains(&column) {
+        field
+            .wrong(format!("id_column {column:?} is not in the key"))
+            .expecting("a column of dedup.key")
+            .hinting(
+                "the bucket of a key must follow from the key, or its copies could lie in different buckets",
+            );
+    }
+    if let Some(Some(column_type)) = types.get(&column)
+        && !matches!(
+            column_type,
+            PrimitiveType::String | PrimitiveType::Uuid | PrimitiveType::Fixed(16) | PrimitiveType::Binary
+        )
+    {
+        field
+            .wrong(format!("id column {column:?} is of type {column_type}"))
+            .expecting("string, uuid, fixed[16] or binary");
+    }
+    BucketFrom::Id { kind, column }
 }
 
 fn read_event_time(

@@ -19,15 +19,16 @@ use iceberg::spec::DataFile;
 use iceberg::table::Table;
 use uuid::Uuid;
 
+use super::rebuild::{load, total};
 use super::report::{Event, Report};
-use super::session::{Session, total};
+use super::session::{Session, complete_since};
 use super::stops;
-use crate::commit::ledger::{BucketRecord, Cursor, Kind, LIVE_LANE, LedgerRecord, Tail};
+use crate::commit::ledger::{BucketRecord, Cursor, EraRecord, Kind, LIVE_LANE, LedgerRecord, Tail};
 use crate::counts::Counts;
 use crate::decode::{Decoded, metadata};
-use crate::dedup::{self, BucketTally, GenerationName, Key, StoreError, Verdict};
+use crate::dedup::{self, BucketTally, Era, GenerationName, Key, StoreError, Verdict};
 use crate::event_time::EventTimeMs;
-use crate::job::BRAKE_RECORDS_MIN;
+use crate::job::{BRAKE_RECORDS_MIN, BucketFrom};
 use crate::lateness::TimeVerdict;
 use crate::letter::{DeadLetter, ReasonCode};
 use crate::offset::{Place, TopicId};
@@ -52,6 +53,8 @@ pub(super) struct Landed {
     sends: u32,
     lag: u64,
     watermark: Option<EventTimeMs>,
+    complete_since: Option<String>,
+    buckets_lent: u64,
 }
 
 impl Landed {
@@ -64,6 +67,8 @@ impl Landed {
             sends: self.sends,
             lag: self.lag,
             watermark: self.watermark.map(|time| time.to_string()),
+            complete_since: self.complete_since.clone(),
+            buckets_lent: self.buckets_lent,
         }
     }
 }
@@ -87,6 +92,8 @@ struct Open {
     dead: TableWriter,
     /// By reason: how often, and the first place.
     refused: BTreeMap<ReasonCode, (u64, Place, String)>,
+    /// Buckets read from the table for it.
+    buckets_lent: u64,
     first_byte: bool,
 }
 
@@ -111,7 +118,7 @@ impl Session<'_> {
     ) -> Result<Landed, Stop> {
         let mut open = self.begin()?;
         match self.build(&mut open, consumed_before, report).await {
-            Ok(built) => self.commit_batch(open.cut, built).await,
+            Ok(built) => self.commit_batch(open.cut, built, open.buckets_lent).await,
             Err(stop) => {
                 self.drop_batch(open).await;
                 Err(stop)
@@ -162,6 +169,7 @@ impl Session<'_> {
             main,
             dead,
             refused: BTreeMap::new(),
+            buckets_lent: 0,
             first_byte: false,
         })
     }
@@ -238,24 +246,39 @@ impl Session<'_> {
             Stop::new(Reason::Unexpected, "records can not be decoded", way_out).because(error)
         })?;
         open.cut.counts.consumed += decoded.consumed;
-        let (on_time, mut letters) = self.judge_time(open, chunk, &decoded);
+        let id_times = self.keys.id_times(&decoded.rows)?;
+        let (kept, mut letters) = self.judge_time(open, chunk, &decoded, id_times.as_deref());
         letters.append(&mut decoded.letters);
-        let first_seen = self.drop_repeats(open, &decoded, on_time)?;
+        // The bucket of a key is told by its id where ids tell the time; rows whose id does not were refused.
+        let bucket_times: Vec<EventTimeMs> = match &id_times {
+            Some(times) => times.iter().map(|time| time.unwrap_or(EventTimeMs(0))).collect(),
+            None => decoded.event_times.clone(),
+        };
+        let first_seen = self.drop_repeats(open, &decoded, kept, &bucket_times).await?;
         self.write_rows(open, &decoded, &first_seen).await?;
         self.write_letters(open, letters).await
     }
 
-    /// Which rows go on, and letters for those too far ahead.
+    /// Which rows go on, and letters for those too far ahead, and for those whose id should tell the time and does not.
+    /// A row that is refused moves no watermark.
     fn judge_time(
         &mut self,
         open: &mut Open,
         chunk: &RecordChunk,
         decoded: &Decoded,
+        id_times: Option<&[Option<EventTimeMs>]>,
     ) -> (Vec<bool>, Vec<DeadLetter>) {
         let mut letters = Vec::new();
         let mut kept = Vec::with_capacity(decoded.places.len());
         for (row, place) in decoded.places.iter().enumerate() {
             let (time, timestamp) = (decoded.event_times[row], decoded.timestamps_ms[row]);
+            if let Some(times) = id_times
+                && let Some((code, text)) = self.judge_id(times[row], timestamp, open.cut.cut_time_ms)
+            {
+                letters.push(decoded.letter_for(chunk, row, code, &text));
+                kept.push(false);
+                continue;
+            }
             let verdict = self.lateness.judge(place.slot, time, timestamp, open.cut.cut_time_ms);
             if let TimeVerdict::Ahead { limit } = verdict {
                 let text = format!(
@@ -269,23 +292,66 @@ impl Session<'_> {
         (kept, letters)
     }
 
+    /// Why a row is refused for the time in its id, if it is.
+    fn judge_id(
+        &self,
+        time: Option<EventTimeMs>,
+        timestamp_ms: Option<i64>,
+        cut_time_ms: i64,
+    ) -> Option<(ReasonCode, String)> {
+        let BucketFrom::Id { kind, column } = &self.owner.loaded.job.dedup.bucket_from else { return None };
+        let Some(time) = time else {
+            let text = format!("column {column}: no {} that tells its time", kind.name());
+            return Some((ReasonCode::IdWithoutTime, text));
+        };
+        let limit = self.lateness.limit(timestamp_ms, cut_time_ms);
+        (time > limit).then(|| {
+            let text = format!(
+                "column {column}: the id was made at {time}, ahead of {limit}, the latest that event_time.max_ahead \
+                 believes of this record"
+            );
+            (ReasonCode::EventTimeAhead, text)
+        })
+    }
+
+    /// Reads the buckets of these keys that have left the state from the table, all in one scan, so that the probe can
+    /// tell what is new in them (`beyond_window = "check"`).
+    async fn lend(&mut self, open: &mut Open, keys: &[Key]) -> Result<(), Stop> {
+        let missing = self.store.missing_buckets(keys);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let (loan, rows) = load(&mut self.owner, &self.keys, &self.memory, &self.store, &missing).await?;
+        tracing::info!(
+            buckets = missing.len(),
+            rows,
+            keys = loan.keys(),
+            seconds = begun.elapsed().as_secs_f64(),
+            "buckets beyond the window were read from the table"
+        );
+        self.store.borrow(loan);
+        open.buckets_lent += missing.len() as u64;
+        Ok(())
+    }
+
     /// Marks rows whose key was not seen before. Keys are probed in the order of their places, so that of two copies in
     /// one probe batch the one at the lowest place wins (R2).
-    fn drop_repeats(
+    async fn drop_repeats(
         &mut self,
         open: &mut Open,
         decoded: &Decoded,
         kept: Vec<bool>,
+        bucket_times: &[EventTimeMs],
     ) -> Result<BooleanArray, Stop> {
-        let fingerprints = self.encoder.encode(&decoded.rows).map_err(|error| {
-            Stop::new(Reason::Unexpected, "a decoded row has no key", "please report this").because(error)
-        })?;
+        let fingerprints = self.keys.fingerprints(&decoded.rows)?;
         let mut order: Vec<usize> = (0..kept.len()).filter(|&row| kept[row]).collect();
         order.sort_unstable_by_key(|&row| decoded.places[row]);
         let keys: Vec<Key> = order
             .iter()
-            .map(|&row| Key { fingerprint: fingerprints[row], event_time: decoded.event_times[row] })
+            .map(|&row| Key { fingerprint: fingerprints[row], event_time: bucket_times[row] })
             .collect();
+        self.lend(open, &keys).await?;
         let verdicts = self.store.probe(&keys).map_err(|error| self.state_failed(error))?;
         let mut first_seen = vec![false; kept.len()];
         for (&row, verdict) in order.iter().zip(&verdicts) {
@@ -418,6 +484,9 @@ impl Session<'_> {
         let dead_files = open.dead.finish().await.map_err(|error| unwritten(dead, error))?;
         self.options.phases.reach("data_files_closed");
         let name = GenerationName::new(self.owner.record.epoch, open.cut.number, open.cut.attempt);
+        if let Some(watermark) = self.watermark() {
+            self.store.expire_behind(watermark, self.owner.loaded.job.dedup.window);
+        }
         let generation = self.store.prepare(name).map_err(|error| self.state_failed(error))?;
         self.options.phases.reach("state_prepared");
         let owed = (!dead_files.is_empty())
@@ -432,6 +501,10 @@ impl Session<'_> {
         next.dedup.generation = Some(generation.name.to_string());
         next.dedup.checksum = Some(generation.checksum);
         next.dedup.floor = self.store.floor();
+        next.dedup.bucket_width_ms = self.store.bucket_width_ms();
+        next.dedup.eras = self.store.eras().iter().map(era_record).collect();
+        let since = self.store.complete_since();
+        next.dedup.complete_since = (since.0 > i64::MIN).then_some(since);
         (next.dedup.keys, next.dedup.digest) = (total.keys, total.digest.to_string());
         next.buckets = self.store.buckets().iter().map(bucket_record).collect();
         Ok(Built { next, files })
@@ -449,15 +522,16 @@ impl Session<'_> {
     }
 
     /// Steps 3 to 5 of the commit module: main, side tables, publish.
-    async fn commit_batch(&mut self, cut: Cut, built: Built) -> Result<Landed, Stop> {
+    async fn commit_batch(&mut self, cut: Cut, built: Built, buckets_lent: u64) -> Result<Landed, Stop> {
         let Built { next, files } = built;
         let (watermark, data_files) = (next.live().watermark, files.len());
         let sends = self.owner.commit(next, files).await?;
         self.owner.forward_sides().await?;
         self.store.publish();
         self.options.phases.reach("published");
-        self.sweep_once();
+        self.sweep_retired();
         self.tell_lag_tools();
+        self.buckets_lent += buckets_lent;
         Ok(Landed {
             counts: cut.counts,
             batch: cut.number,
@@ -466,7 +540,14 @@ impl Session<'_> {
             sends,
             lag: self.lag(),
             watermark,
+            complete_since: complete_since(&self.owner.record),
+            buckets_lent,
         })
+    }
+
+    /// The live lane's watermark with what was read so far.
+    fn watermark(&self) -> Option<EventTimeMs> {
+        self.lateness.watermark(self.owner.record.live().watermark, &self.reader.at_end())
     }
 
     /// The record of this microbatch, but for its dedup state.
@@ -493,9 +574,9 @@ impl Session<'_> {
         };
         next.sides.insert(super::survey::DEAD_LETTERS.to_owned(), self.dead_letter_record(owed));
         let (positions, tails) = (self.reader.positions(), self.reader.tails());
-        let at_end = self.reader.at_end();
+        let watermark = self.watermark();
         let lane = next.lanes.entry(LIVE_LANE.to_owned()).or_default();
-        lane.watermark = self.lateness.watermark(lane.watermark, &at_end);
+        lane.watermark = watermark;
         for (slot, name) in self.slots.iter().enumerate() {
             let known = before.cursor(&name.topic, name.partition);
             let start = known.map_or(self.starts[slot], |cursor| cursor.end);
@@ -516,6 +597,10 @@ impl Session<'_> {
 /// Stands for the id of a topic whose broker gives none.
 fn id_of_name(topic: &str) -> TopicId {
     TopicId(Uuid::from_u128(xxhash_rust::xxh3::xxh3_128(topic.as_bytes())))
+}
+
+fn era_record(era: &Era) -> EraRecord {
+    EraRecord { until: era.until, bucket_width_ms: era.bucket_width_ms }
 }
 
 fn bucket_record(bucket: &BucketTally) -> BucketRecord {

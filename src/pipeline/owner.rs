@@ -95,6 +95,7 @@ fn blank_record(loaded: &LoadedJob, owner: Uuid, seed: u64, key_spec_hash: Strin
             key_spec_hash,
             shards: job.dedup.shards,
             bucket_width_ms: dedup::bucket_width_ms(job.dedup.window, job.dedup.repeats),
+            eras: Vec::new(),
             repeats: job.dedup.repeats,
             floor: None,
             complete_since: None,
@@ -167,7 +168,7 @@ pub(super) fn judge(
 ) -> Result<Option<LedgerRecord>, Stop> {
     let seed = survey.record().map_or(0, |record| record.dedup.seed);
     let encoder = survey::key_encoder(&new_decoder(job)?.schema(), job, seed)?;
-    let key_spec_hash = encoder.key_spec_hash(job.dedup.shards, &job.event_time.column, job.dedup.repeats);
+    let key_spec_hash = encoder.key_spec_hash(job.dedup.shards, &job.bucket_source(), job.dedup.repeats);
     let topic_ids = survey.topic_ids();
     let (side_uuids, mark) = (survey.side_uuids(), survey.dead_letter_mark()?);
     let facts = Facts {
@@ -624,7 +625,7 @@ fn first_record(
     let job = &loaded.job;
     let seed = rand::random();
     let encoder = survey::key_encoder(&decoder.schema(), job, seed)?;
-    let key_spec_hash = encoder.key_spec_hash(job.dedup.shards, &job.event_time.column, job.dedup.repeats);
+    let key_spec_hash = encoder.key_spec_hash(job.dedup.shards, &job.bucket_source(), job.dedup.repeats);
     let mut record = blank_record(loaded, Uuid::nil(), seed, key_spec_hash);
     record.cluster_id.clone_from(&survey.cluster.cluster_id);
     record.topics = survey.topic_ids();

@@ -50,6 +50,11 @@ pub enum Event {
         lag: u64,
         /// Watermark of the live lane, RFC 3339.
         watermark: Option<String>,
+        /// From when on the dedup state answers without the table, RFC 3339; none = since ever. With the watermark it is
+        /// the effective window.
+        complete_since: Option<String>,
+        /// Buckets beyond the window that were read from the table for it.
+        buckets_lent: u64,
     },
     /// Something that did not stop the run and that its operator should know.
     Notice {
@@ -81,6 +86,12 @@ pub struct Summary {
     pub state_keys: u64,
     /// Bytes of the dedup state on disk.
     pub state_bytes: u64,
+    /// Watermark of the live lane, RFC 3339.
+    pub watermark: Option<String>,
+    /// From when on the dedup state answers without the table, RFC 3339; none = since ever.
+    pub complete_since: Option<String>,
+    /// Buckets beyond the window that were read from the table.
+    pub buckets_lent: u64,
     /// Seconds from the start of the run.
     pub seconds: f64,
 }

@@ -1,35 +1,29 @@
 //! An owner with its reader, decoder and dedup state: ready to take microbatches.
 
-use std::time::Instant;
-
-use arrow::array::{Array, AsArray, RecordBatch};
-use arrow::datatypes::TimestampMicrosecondType;
-use futures::TryStreamExt;
-
+use super::keys::KeyMaker;
 use super::owner::{Owner, Prepared, prepare, side_record};
+use super::rebuild::{rebuild, store_spec, widen};
 use super::report::{Event, Report, Summary};
 use super::start::Allow;
-use super::survey::{self, state_folder};
+use super::survey::state_folder;
 use super::{RunOptions, stops};
 use crate::commit::ledger::{self, LedgerRecord};
 use crate::counts::Counts;
 use crate::decode::Decoder;
-use crate::dedup::{
-    self, BucketTally, Builder, GenerationName, GenerationRef, Key, Store, StoreError, StoreSpec, Tally,
-};
-use crate::event_time::EventTimeMs;
-use crate::fingerprint::KeyEncoder;
+use crate::dedup::{self, GenerationRef, Store, StoreError, StoreSpec};
 use crate::job::ColumnSource;
 use crate::job::file::LoadedJob;
 use crate::lateness::Lateness;
 use crate::memory::MemoryPlan;
 use crate::offset::{NextOffset, TopicPartition};
-use crate::sink::scan::{self, ScanError};
 use crate::source::{Connection, Reader, ReaderOptions, STALL_AFTER_DEFAULT};
-use crate::stop::{Reason, Stop};
+use crate::stop::Stop;
 
 /// Generations that the sweep keeps, the current one included, so that a table rolled back a little is at home at once.
 const GENERATIONS_KEPT: usize = 3;
+/// Files that wait for a sweep before one is worth reading the folder: the inputs of one merge, or as many manifests. A
+/// merge's inputs are then deleted with the first commit at which no kept generation names them.
+const RETIRED_FILES_MIN: u64 = 8;
 
 /// See the module.
 pub(super) struct Session<'a> {
@@ -43,9 +37,11 @@ pub(super) struct Session<'a> {
     pub(super) starts: Vec<NextOffset>,
     pub(super) reader: Reader,
     pub(super) decoder: Decoder,
-    pub(super) encoder: KeyEncoder,
+    pub(super) keys: KeyMaker,
     pub(super) lateness: Lateness,
     pub(super) store: Store,
+    /// Buckets read from the table by this run because an event beyond the window fell into them.
+    pub(super) buckets_lent: u64,
     swept: bool,
 }
 
@@ -90,8 +86,8 @@ impl<'a> Session<'a> {
             topic_partitions: slots.len(),
             memory: memory.to_string(),
         });
-        let encoder = survey::key_encoder(&decoder.schema(), &loaded.job, owner.record.dedup.seed)?;
-        let store = match open_state(&mut owner, &encoder, &memory, report).await {
+        let keys = KeyMaker::new(&decoder.schema(), &loaded.job, owner.record.dedup.seed)?;
+        let store = match open_state(&mut owner, &keys, &memory, report).await {
             Ok(store) => store,
             Err(stop) => {
                 owner.release_after(&stop).await;
@@ -113,9 +109,10 @@ impl<'a> Session<'a> {
             starts: first_offsets,
             reader,
             decoder,
-            encoder,
+            keys,
             lateness,
             store,
+            buckets_lent: 0,
             swept: false,
         })))
     }
@@ -150,9 +147,10 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// After the owner's own first microbatch: delete state files that nothing names (design, state generations).
-    pub(super) fn sweep_once(&mut self) {
-        if self.swept {
+    /// After each microbatch of the owner: delete state files that nothing names (design, state generations), of its own
+    /// epoch too. Costs nothing while few are to go.
+    pub(super) fn sweep_retired(&mut self) {
+        if self.swept && self.store.retired_files() < RETIRED_FILES_MIN {
             return;
         }
         self.swept = true;
@@ -163,10 +161,10 @@ impl<'a> Session<'a> {
             // An older generation may have been lost with its folder; what is not there needs no keeping.
             let is_present = |kept: &GenerationRef| present.iter().any(|found| found.reference == *kept);
             let keep: Vec<GenerationRef> = keep.filter(is_present).collect();
-            dedup::sweep(&folder, &keep, self.owner.record.epoch)
+            self.store.sweep(&keep, self.owner.record.epoch.saturating_add(1))
         });
         if let Err(error) = swept {
-            tracing::warn!(%error, "state files that nothing names could not be deleted; the next run tries again");
+            tracing::warn!(%error, "state files that nothing names could not be deleted; a later batch tries again");
         }
     }
 
@@ -183,6 +181,9 @@ impl<'a> Session<'a> {
             dead_letter_metadata_location: self.owner.dead.metadata_location().map(str::to_owned),
             state_keys: stats.keys,
             state_bytes: stats.segment_bytes,
+            watermark: self.owner.record.live().watermark.map(|time| time.to_string()),
+            complete_since: complete_since(&self.owner.record),
+            buckets_lent: self.buckets_lent,
             seconds: 0.0,
         }
     }
@@ -198,6 +199,12 @@ fn resting_summary(prepared: &Prepared<'_>) -> Summary {
     let survey = &prepared.survey;
     Summary {
         batch: prepared.record.as_ref().map_or(0, |record| record.batch),
+        watermark: prepared
+            .record
+            .as_ref()
+            .and_then(|record| record.live().watermark)
+            .map(|time| time.to_string()),
+        complete_since: prepared.record.as_ref().and_then(complete_since),
         table: survey.main_ident.to_string(),
         metadata_location: survey
             .main
@@ -214,16 +221,9 @@ fn resting_summary(prepared: &Prepared<'_>) -> Summary {
     }
 }
 
-/// What the state of a record's job is.
-pub(super) fn store_spec(record: &LedgerRecord) -> StoreSpec {
-    StoreSpec {
-        job_id: record.job_id,
-        key_spec_hash: record.dedup.key_spec_hash.clone(),
-        seed: record.dedup.seed,
-        shards: record.dedup.shards,
-        bucket_width_ms: record.dedup.bucket_width_ms,
-        repeats: record.dedup.repeats,
-    }
+/// From when on the state answers for the table; none = since ever.
+pub(super) fn complete_since(record: &LedgerRecord) -> Option<String> {
+    record.dedup.complete_since.map(|time| time.to_string())
 }
 
 /// The generation that a record names.
@@ -235,141 +235,43 @@ fn reference(name: &str, checksum: String) -> Option<GenerationRef> {
     Some(GenerationRef { name: name.parse().ok()?, checksum })
 }
 
-/// Opens the generation that the ledger names, or rebuilds it from the table if it is gone or damaged.
+/// Opens the generation that the ledger names, or rebuilds it from the table if it is gone or damaged; then loads what a
+/// widened window lacks.
 async fn open_state(
     owner: &mut Owner<'_>,
-    encoder: &KeyEncoder,
+    keys: &KeyMaker,
     memory: &MemoryPlan,
     report: &mut dyn Report,
 ) -> Result<Store, Stop> {
-    let folder = state_folder(&owner.loaded.job);
-    let spec = store_spec(&owner.record);
-    let named = generation(&owner.record);
-    let opened = Store::open(&folder, spec.clone(), named.as_ref(), memory.dedup_lookup_bytes());
-    let why = match opened {
-        Ok(store) => return Ok(store),
-        Err(error @ (StoreError::Missing { .. } | StoreError::Corrupt { .. })) => error.to_string(),
-        Err(error) => return Err(stops::state(&folder, error)),
-    };
-    report.event(&Event::Notice {
-        text: format!("the dedup state is not usable ({why}); rebuilding it from table {}", owner.main_ident),
-    });
-    let rebuilt = rebuild(owner, encoder, memory).await?;
-    report.event(&Event::Notice { text: format!("rebuilt the dedup state: {} keys", rebuilt.keys) });
-    Store::open(&folder, spec, Some(&rebuilt.generation), memory.dedup_lookup_bytes())
-        .map_err(|error| stops::state(&folder, error))
-}
-
-struct Rebuilt {
-    generation: GenerationRef,
-    keys: u64,
-}
-
-/// Reads the keys of all rows of our batches and writes a generation of them; compares it with what the ledger counts.
-async fn rebuild(owner: &mut Owner<'_>, encoder: &KeyEncoder, memory: &MemoryPlan) -> Result<Rebuilt, Stop> {
     let job = &owner.loaded.job;
     let folder = state_folder(job);
-    let record = owner.record.clone();
-    let table = owner.main_ident.to_string();
-    let of_state = |error| stops::state(&folder, error);
-    let of_scan = |error: ScanError| {
-        stops::data(format!("keys of table {table} can not be read"), error.reason(), error)
+    // The width of the job's window rules for buckets to come, whatever the ledger's buckets have.
+    let bucket_width_ms = dedup::bucket_width_ms(job.dedup.window, job.dedup.repeats);
+    let spec = StoreSpec { bucket_width_ms, ..store_spec(&owner.record) };
+    let named = generation(&owner.record);
+    let opened = Store::open(&folder, spec.clone(), named.as_ref(), memory.dedup_lookup_bytes());
+    let mut store = match opened {
+        Ok(store) => store,
+        Err(error @ (StoreError::Missing { .. } | StoreError::Corrupt { .. })) => {
+            report.event(&Event::Notice {
+                text: format!(
+                    "the dedup state is not usable ({error}); rebuilding it from table {}",
+                    owner.main_ident
+                ),
+            });
+            let rebuilt = rebuild(owner, keys, memory).await?;
+            let text = format!(
+                "rebuilt the dedup state: {} keys from {} rows in {:.1} s",
+                rebuilt.keys,
+                rebuilt.rows,
+                rebuilt.time.as_secs_f64()
+            );
+            report.event(&Event::Notice { text });
+            Store::open(&folder, spec, Some(&rebuilt.generation), memory.dedup_lookup_bytes())
+                .map_err(|error| stops::state(&folder, error))?
+        }
+        Err(error) => return Err(stops::state(&folder, error)),
     };
-    let mut builder =
-        Builder::create(&folder, store_spec(&record), memory.dedup_lookup_bytes(), record.dedup.floor)
-            .map_err(of_state)?;
-    let mut columns = job.dedup.key.clone();
-    if !columns.contains(&job.event_time.column) {
-        columns.push(job.event_time.column.clone());
-    }
-    let mut renewed = Instant::now();
-    let mut scan = scan::scan_keys(&owner.main, None, &columns, Some(record.batch)).await.map_err(of_scan)?;
-    while let Some(batch) = scan.try_next().await.map_err(of_scan)? {
-        let fingerprints = encoder.encode(&batch).map_err(|error| {
-            stops::data(format!("table {table} has a row without key"), Reason::MissingKeys, error)
-        })?;
-        let times = event_times(&batch, &job.event_time.column)?;
-        let keys: Vec<Key> = fingerprints
-            .into_iter()
-            .zip(times)
-            .map(|(fingerprint, event_time)| Key { fingerprint, event_time })
-            .collect();
-        builder.add(&keys).map_err(of_state)?;
-        if owner.options.interrupted() {
-            return Err(stops::interrupted());
-        }
-        if renewed.elapsed() > owner.lease() / 3 {
-            owner.renew().await?;
-            renewed = Instant::now();
-        }
-    }
-    let attempt = uuid::Uuid::now_v7();
-    let (generation, rebuilt) =
-        builder.finish(GenerationName::new(record.epoch, record.batch, attempt)).map_err(of_state)?;
-    compare_with_ledger(&record, &table, &rebuilt.buckets)?;
-    Ok(Rebuilt { generation, keys: rebuilt.keys })
-}
-
-/// Event times of rows as the tables store them.
-fn event_times(rows: &RecordBatch, column: &str) -> Result<Vec<EventTimeMs>, Stop> {
-    let times =
-        rows.column_by_name(column).and_then(|values| values.as_primitive_opt::<TimestampMicrosecondType>());
-    let times = times.filter(|times| times.null_count() == 0).ok_or_else(|| {
-        Stop::new(
-            Reason::MissingKeys,
-            format!("a row of ours has no event time in column {column}"),
-            "no event was written; rows were changed by others: put the event times back, or bring back the state folder, \
-             then:\n  tidemill run JOB",
-        )
-    })?;
-    Ok(times.values().iter().map(|&micros| EventTimeMs::from_micros(micros)).collect())
-}
-
-/// The ledger counts keys by bucket, or, where only its packed form was left, in all. Fewer in the table than that means
-/// that rows were deleted by others; more are rows of others, which are no harm.
-fn compare_with_ledger(record: &LedgerRecord, table: &str, rebuilt: &[BucketTally]) -> Result<(), Stop> {
-    let mut missing = Vec::new();
-    let mut compare = |what: String, (known, digest): (u64, &str), found: (u64, String)| {
-        if found.0 < known {
-            missing.push(format!("{} of {known} keys {what}", known - found.0));
-        } else if found.0 == known && found.1 != digest {
-            missing.push(format!("other keys than the ledger's {what}"));
-        } else if found.0 > known {
-            tracing::warn!(found = found.0, ledger = known, "the table holds rows of others {what}");
-        }
-    };
-    if record.buckets.is_empty() {
-        let all = total(rebuilt);
-        compare(
-            "in all".to_owned(),
-            (record.dedup.keys, &record.dedup.digest),
-            (all.keys, all.digest.to_string()),
-        );
-    }
-    for known in &record.buckets {
-        let found = rebuilt.iter().find(|bucket| bucket.from.0 == known.from);
-        let found = found.map_or((0, String::new()), |bucket| (bucket.keys, bucket.digest.to_string()));
-        compare(
-            format!("of the bucket from {}", EventTimeMs(known.from)),
-            (known.count, &known.digest),
-            found,
-        );
-    }
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(Stop::new(
-        Reason::MissingKeys,
-        format!("the dedup state was lost, and table {table} lacks rows that it had: {}", missing.join(", ")),
-        "no event was written; rows were deleted by others, and their events would be written again; put the rows back, or \
-         bring back the state folder, then:\n  tidemill run JOB\naccepting the loss (on_missing_keys = \"accept\") is not \
-         built yet",
-    ))
-}
-
-/// Keys of all buckets together.
-pub(super) fn total(buckets: &[BucketTally]) -> Tally {
-    let mut total = Tally::default();
-    buckets.iter().for_each(|bucket| total.add_all(bucket.tally()));
-    total
+    widen(owner, keys, memory, &mut store, report).await?;
+    Ok(store)
 }

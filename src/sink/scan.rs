@@ -1,21 +1,28 @@
 //! Reading a table back in bounded memory: keys for the dedup state, places of dead letters.
 //!
-//! Bounds: one data file at a time, batches of [`SCAN_ROWS_MAX`] rows; what is held is one row group's chunks of the
-//! columns that are read. Delete files of other programs are applied.
+//! Bounds: one data file at a time for each reader, batches of [`SCAN_ROWS_MAX`] rows; what a reader holds is one row
+//! group's chunks of the columns that are read, and [`READ_AHEAD_BATCHES`] batches. Delete files of other programs are
+//! applied.
 
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use iceberg::expr::{Predicate, Reference};
-use iceberg::spec::Datum;
+use iceberg::scan::TableScanBuilder;
+use iceberg::spec::{Datum, PrimitiveType, Type};
 use iceberg::table::Table;
 
 use arrow::array::RecordBatch;
 
 use crate::catalog::reason_of;
+use crate::event_time::EventTimeMs;
 use crate::stop::Reason;
 
 /// Most rows in a batch of a scan.
 pub const SCAN_ROWS_MAX: usize = 16_384;
+/// Batches that a reader beside the caller is ahead of it.
+const READ_AHEAD_BATCHES: usize = 4;
+/// Most ranges of a scan's predicate; more are read as one.
+const RANGES_MAX: usize = 32;
 /// Column that names the batch of a row.
 const BATCH_COLUMN: &str = "_tidemill_batch";
 
@@ -63,6 +70,124 @@ pub async fn scan_keys(
     scan(table, snapshot_id, columns, filter).await
 }
 
+/// Rows whose time lies in one of some ranges.
+#[derive(Debug, Clone)]
+pub struct TimeRanges {
+    /// A column of type timestamp or timestamptz.
+    pub column: String,
+    /// Half-open, ascending, apart or touching, at least one. The least and largest value of `i64` are no bounds.
+    pub ranges: Vec<(EventTimeMs, EventTimeMs)>,
+}
+
+impl TimeRanges {
+    fn predicate(&self, table: &Table) -> Predicate {
+        let field = table.metadata().current_schema().field_by_name(&self.column);
+        let zoned =
+            field.is_some_and(|field| *field.field_type == Type::Primitive(PrimitiveType::Timestamptz));
+        let datum = |time: EventTimeMs| {
+            let micros = time.0.saturating_mul(1_000);
+            if zoned { Datum::timestamptz_micros(micros) } else { Datum::timestamp_micros(micros) }
+        };
+        let in_range = |(from, to): (EventTimeMs, EventTimeMs)| {
+            let column = || Reference::new(&self.column);
+            let from = (from.0 > i64::MIN).then(|| column().greater_than_or_equal_to(datum(from)));
+            let to = (to.0 < i64::MAX).then(|| column().less_than(datum(to)));
+            match (from, to) {
+                (Some(from), Some(to)) => from.and(to),
+                (from, to) => from.or(to).unwrap_or(Predicate::AlwaysTrue),
+            }
+        };
+        self.merged().into_iter().map(in_range).reduce(Predicate::or).unwrap_or(Predicate::AlwaysFalse)
+    }
+
+    /// Ranges that touch as one; all as one if they are too many for a predicate.
+    fn merged(&self) -> Vec<(EventTimeMs, EventTimeMs)> {
+        let mut merged: Vec<(EventTimeMs, EventTimeMs)> = Vec::new();
+        for (from, to) in &self.ranges {
+            match merged.last_mut() {
+                Some(last) if last.1 >= *from => last.1 = last.1.max(*to),
+                _ => merged.push((*from, *to)),
+            }
+        }
+        match (merged.first(), merged.last()) {
+            (Some(first), Some(last)) if merged.len() > RANGES_MAX => vec![(first.0, last.1)],
+            _ => merged,
+        }
+    }
+}
+
+/// Reads columns of the current snapshot, rows of batches up to `batch_max` and of some times, with `readers` tasks of
+/// the runtime beside the caller, each with data files of its own. Files whose metadata says that they hold no such
+/// time are not opened.
+///
+/// # Errors
+/// As [`scan_keys`].
+pub async fn scan_keys_beside(
+    table: &Table,
+    columns: &[String],
+    batch_max: u64,
+    times: Option<&TimeRanges>,
+    readers: usize,
+) -> Result<Scan, ScanError> {
+    let batch = Datum::long(i64::try_from(batch_max).unwrap_or(i64::MAX));
+    let of_batches = Reference::new(BATCH_COLUMN).less_than_or_equal_to(batch);
+    let filter = match times {
+        Some(times) => of_batches.and(times.predicate(table)),
+        None => of_batches,
+    };
+    if table.metadata().current_snapshot().is_none() {
+        return Ok(futures::stream::empty().boxed());
+    }
+    let of_table = |error| ScanError::of(table, error);
+    let scan = builder(table, columns, Some(filter)).build().map_err(of_table)?;
+    let files: Vec<_> = scan.plan_files().await.map_err(of_table)?.try_collect().await.map_err(of_table)?;
+    let mut shares: Vec<Vec<_>> = (0..readers.clamp(1, files.len().max(1))).map(|_| Vec::new()).collect();
+    for (file_index, file) in files.into_iter().enumerate() {
+        let share = file_index % shares.len();
+        shares[share].push(Ok(file));
+    }
+    let mut streams = Vec::with_capacity(shares.len());
+    for share in shares {
+        let reader = table
+            .reader_builder()
+            .with_batch_size(SCAN_ROWS_MAX)
+            .with_data_file_concurrency_limit(1)
+            .with_row_group_filtering_enabled(true)
+            .build();
+        let read = reader.read(futures::stream::iter(share).boxed()).map_err(of_table)?;
+        let owned = table.clone();
+        let batches = read.stream().map(move |batch| batch.map_err(|error| ScanError::of(&owned, error)));
+        streams.push(beside(batches.boxed()));
+    }
+    Ok(futures::stream::select_all(streams).boxed())
+}
+
+/// Runs a scan as a task of its own, a few batches ahead. It ends when nobody takes them any more.
+///
+/// A task that panicked must not look like one that has read all: its panic goes on in the stream.
+fn beside(mut batches: Scan) -> Scan {
+    let (sender, receiver) = tokio::sync::mpsc::channel(READ_AHEAD_BATCHES);
+    let task = tokio::spawn(async move {
+        while let Some(batch) = batches.next().await {
+            if sender.send(batch).await.is_err() {
+                return;
+            }
+        }
+    });
+    futures::stream::unfold((receiver, Some(task)), |(mut receiver, mut task)| async move {
+        if let Some(batch) = receiver.recv().await {
+            return Some((batch, (receiver, task)));
+        }
+        match task.take()?.await {
+            Err(failed) if failed.is_panic() => std::panic::resume_unwind(failed.into_panic()),
+            // The runtime is shutting down, and this stream with it.
+            Err(cancelled) => panic!("a reader of the table was cancelled: {cancelled}"),
+            Ok(()) => None,
+        }
+    })
+    .boxed()
+}
+
 /// Whether the current snapshot has a row of this batch. Reads until the first one.
 ///
 /// # Errors
@@ -89,17 +214,9 @@ pub(super) async fn scan(
     if snapshot_id.is_none() && table.metadata().current_snapshot().is_none() {
         return Ok(futures::stream::empty().boxed());
     }
-    let mut builder = table
-        .scan()
-        .select(columns)
-        .with_batch_size(Some(SCAN_ROWS_MAX))
-        .with_concurrency_limit(1)
-        .with_row_group_filtering_enabled(true);
+    let mut builder = builder(table, columns, filter);
     if let Some(snapshot_id) = snapshot_id {
         builder = builder.snapshot_id(snapshot_id);
-    }
-    if let Some(filter) = filter {
-        builder = builder.with_filter(filter);
     }
     let of_table = {
         let table = table.clone();
@@ -107,6 +224,19 @@ pub(super) async fn scan(
     };
     let batches = builder.build().map_err(&of_table)?.to_arrow().await.map_err(&of_table)?;
     Ok(batches.map(move |batch| batch.map_err(&of_table)).boxed())
+}
+
+fn builder<'a>(table: &'a Table, columns: &[String], filter: Option<Predicate>) -> TableScanBuilder<'a> {
+    let builder = table
+        .scan()
+        .select(columns)
+        .with_batch_size(Some(SCAN_ROWS_MAX))
+        .with_concurrency_limit(1)
+        .with_row_group_filtering_enabled(true);
+    match filter {
+        Some(filter) => builder.with_filter(filter),
+        None => builder,
+    }
 }
 
 #[cfg(test)]
@@ -118,7 +248,7 @@ mod tests {
 
     use super::*;
     use crate::sink::schema::create_main;
-    use crate::sink::testing::{append, catalog, events, job};
+    use crate::sink::testing::{DAY_MICROS, DAY_ZERO_MICROS, append, catalog, events, job};
     use crate::sink::writer::TableWriter;
 
     async fn offsets(table: &Table, snapshot_id: Option<i64>, batch_max: Option<u64>) -> Vec<i64> {
@@ -159,6 +289,54 @@ mod tests {
         assert_eq!(offsets(&table, None, Some(2)).await, (20_000..60_000).collect::<Vec<_>>());
         assert_eq!(offsets(&table, snapshots[0], None).await, (20_000..40_000).collect::<Vec<_>>());
         assert_eq!(offsets(&table, None, Some(0)).await, Vec::<i64>::new());
+    }
+
+    #[tokio::test]
+    async fn keys_of_some_times_are_read_by_several_readers() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = job(folder.path());
+        let catalog = catalog(&job).await;
+        let mut table = create_main(catalog.as_ref(), &job).await.unwrap();
+        for file in 0..3 {
+            let mut writer = TableWriter::new(&table, Uuid::now_v7(), 64 << 20, &[]).unwrap();
+            writer.write(&events(file * 4_000, 4_000, 4)).await.unwrap();
+            table = append(catalog.as_ref(), &table, writer.finish().await.unwrap()).await;
+        }
+        let day = |days: i64| EventTimeMs::from_micros(DAY_ZERO_MICROS + days * DAY_MICROS);
+        let ranges = vec![(day(1), day(2)), (day(3), EventTimeMs(i64::MAX))];
+        let times = TimeRanges { column: "event_time".to_owned(), ranges };
+        let columns = ["event_time", "_kafka_offset"].map(str::to_owned);
+        for readers in [1, 2, 9] {
+            let scan = scan_keys_beside(&table, &columns, 1, Some(&times), readers).await.unwrap();
+            let batches: Vec<RecordBatch> = scan.try_collect().await.unwrap();
+            let offsets =
+                batches.iter().flat_map(|batch| batch.column(1).as_primitive::<Int64Type>().values());
+            let mut found: Vec<i64> = offsets.copied().collect();
+            found.sort_unstable();
+            assert_eq!(found, (0..12_000).filter(|number| number % 2 == 1).collect::<Vec<_>>());
+        }
+        let none = scan_keys_beside(&table, &columns, 0, None, 2).await.unwrap();
+        assert!(none.try_collect::<Vec<_>>().await.unwrap().iter().all(|batch| batch.num_rows() == 0));
+    }
+
+    #[test]
+    fn ranges_that_touch_are_read_as_one_and_too_many_as_their_span() {
+        let time = |ms: i64| (EventTimeMs(ms * 10), EventTimeMs(ms * 10 + 10));
+        let ranges = |times: Vec<i64>| TimeRanges {
+            column: "t".to_owned(),
+            ranges: times.into_iter().map(time).collect(),
+        };
+        assert_eq!(ranges(vec![1, 2, 5]).merged(), [(EventTimeMs(10), EventTimeMs(30)), time(5)]);
+        let many = ranges((0..=RANGES_MAX as i64).map(|step| step * 2).collect());
+        assert_eq!(many.merged(), [(EventTimeMs(0), EventTimeMs(RANGES_MAX as i64 * 20 + 10))]);
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "a page that no reader survives")]
+    async fn a_reader_that_panics_does_not_look_like_the_end_of_the_table() {
+        let failing = futures::stream::once(async { panic!("a page that no reader survives") });
+        let scan = beside(failing.boxed());
+        let _: Vec<RecordBatch> = scan.try_collect().await.unwrap();
     }
 
     #[tokio::test]

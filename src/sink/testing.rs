@@ -62,6 +62,8 @@ pub fn job(folder: &Path) -> Job {
             idle_after: Duration::from_secs(600),
         },
         dedup: Dedup {
+            bucket_from: crate::job::BucketFrom::EventTime,
+            beyond_window: crate::job::BeyondWindow::Check,
             key: vec!["event_id".to_owned()],
             window: Duration::from_secs(7 * 86_400),
             repeats: Repeats::AnyTime,

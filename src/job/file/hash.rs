@@ -16,7 +16,10 @@ use std::fmt::Write;
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::job::{Arrays, ColumnSource, Job, LatePolicy, Repeats, StartPosition, TimeUnit, UnknownFields};
+use crate::job::{
+    Arrays, BeyondWindow, BucketFrom, ColumnSource, Job, LatePolicy, Repeats, StartPosition, TimeUnit,
+    UnknownFields,
+};
 
 /// First line; changes with the layout.
 const LAYOUT: &str = "tidemill job 1";
@@ -88,6 +91,16 @@ fn canonical(job: &Job) -> String {
     match job.dedup.repeats {
         Repeats::AnyTime => form.line("repeats", "any_time"),
         Repeats::SameTime => form.line("repeats", "same_time"),
+    }
+    match &job.dedup.bucket_from {
+        BucketFrom::EventTime => {}
+        BucketFrom::Id { kind, column } => {
+            form.line("bucket_from", kind.name());
+            form.line("id_column", column);
+        }
+    }
+    match job.dedup.beyond_window {
+        BeyondWindow::Check => {}
     }
     form.lines("table", &job.sink.table);
     for field in &job.sink.partition_by {

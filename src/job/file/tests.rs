@@ -589,7 +589,7 @@ fn what_is_not_built_is_refused_by_name_with_what_to_do_instead() {
         ("[decode.columns]", "[decode]\nformat = \"protobuf\"\n[decode.columns]", "format = \"protobuf\""),
         ("[event_time]", "[event_time]\nlate = \"side\"", "late = \"side\""),
         ("[event_time]", "[event_time]\nlate = \"drop\"", "late = \"drop\""),
-        ("[dedup]", "[dedup]\nbeyond_window = \"check\"", "beyond_window"),
+        ("[dedup]", "[dedup]\nbeyond_window = \"side\"", "beyond_window = \"side\""),
         ("\"e.n\"", "\"e.n\"\ncatalog = { type = \"glue\" }", "type = \"glue\""),
         ("\"e.n\"", "\"e.n\"\ncatalog = { type = \"hms\" }", "type = \"hms\""),
         ("\"e.n\"", "\"e.n\"\ncatalog = { type = \"s3tables\" }", "type = \"s3tables\""),
@@ -599,6 +599,35 @@ fn what_is_not_built_is_refused_by_name_with_what_to_do_instead() {
         assert!(said.contains(&format!("not built yet: {what}; ")), "{said}");
         assert_eq!(said.matches("jobs/x.toml:").count(), 1, "{said}");
     }
+}
+
+#[test]
+fn the_bucket_of_a_key_comes_from_event_time_or_from_an_id_of_the_key() {
+    assert_eq!(accepted("topics", "topics").job.dedup.bucket_from, BucketFrom::EventTime);
+    let same_time = "[dedup]\nrepeats = \"same_time\"\n";
+    let loaded =
+        accepted("[dedup]", &format!("{same_time}bucket_from = \"ulid\"\nbeyond_window = \"check\""));
+    let id = |kind| BucketFrom::Id { kind, column: "id".to_owned() };
+    assert_eq!(loaded.job.dedup.bucket_from, id(IdKind::Ulid));
+    assert_eq!(loaded.job.bucket_source(), "ulid of id, event time ts");
+    let both = format!("{same_time}bucket_from = \"uuid7\"\nid_column = \"id\"\nkey = [\"id\", \"ts\"]");
+    assert_eq!(accepted("[dedup]\nkey = [\"id\"]", &both).job.dedup.bucket_from, id(IdKind::Uuid7));
+    for (lines, found) in [
+        ("bucket_from = \"uuid7\"", "bucket_from is \"uuid7\", and repeats is \"any_time\""),
+        ("repeats = \"same_time\"\nbucket_from = \"uuid4\"", "bucket_from is the string \"uuid4\""),
+        ("repeats = \"same_time\"\nid_column = \"id\"", "unknown field \"id_column\" in [dedup]"),
+        (
+            "repeats = \"same_time\"\nbucket_from = \"uuid7\"\nid_column = \"amount\"",
+            "id_column \"amount\" is not in the key",
+        ),
+    ] {
+        let said = refused("[dedup]", &format!("[dedup]\n{lines}"));
+        assert!(said.contains(found), "{said}");
+    }
+    let two = format!("{same_time}bucket_from = \"uuid7\"\nkey = [\"id\", \"ts\"]");
+    assert!(refused("[dedup]\nkey = [\"id\"]", &two).contains("the key has several columns"));
+    let time = format!("{same_time}bucket_from = \"uuid7\"\nkey = [\"ts\"]");
+    assert!(refused("[dedup]\nkey = [\"id\"]", &time).contains("id column \"ts\" is of type timestamptz"));
 }
 
 #[test]
@@ -988,6 +1017,8 @@ fn the_hash_stays_over_comments_order_secrets_and_knobs_and_changes_with_the_mea
         ("[dedup]", "[dedup]\nwindow = \"8 days\""),
         ("[dedup]", "[dedup]\nrepeats = \"same_time\""),
         ("[dedup]", "[dedup]\nshards = 512"),
+        ("[dedup]", "[dedup]\nrepeats = \"same_time\"\nbucket_from = \"uuid7\""),
+        ("[dedup]", "[dedup]\nrepeats = \"same_time\"\nbucket_from = \"ulid\""),
         ("\"e.n\"", "\"e.m\""),
         ("\"e.n\"", "\"e.n\"\npartition_by = [\"day(ts)\"]"),
         ("\"e.n\"", "\"e.n\"\npartition_by = [\"hour(ts)\"]"),
@@ -1173,6 +1204,9 @@ fn field_path() -> impl Strategy<Value = String> {
         "dedup.window",
         "dedup.shards",
         "dedup.repeats",
+        "dedup.bucket_from",
+        "dedup.id_column",
+        "dedup.beyond_window",
         "microbatch",
         "microbatch.max_records",
         "microbatch.max_bytes",
@@ -1202,6 +1236,9 @@ fn assert_sound(job: &Job) {
     );
     assert!(!job.source.topics.is_empty() && job.source.properties.contains_key("bootstrap.servers"));
     assert!(!job.dedup.key.is_empty() && job.dedup.key.iter().all(|name| column(name).is_some()));
+    if let BucketFrom::Id { column: id, .. } = &job.dedup.bucket_from {
+        assert!(job.dedup.key.contains(id) && job.dedup.repeats == Repeats::SameTime);
+    }
     assert!(job.dedup.shards.is_power_of_two() && job.dedup.shards <= SHARDS_MAX);
     assert!(!job.dedup.window.is_zero() && job.event_time.allowed_lateness <= job.dedup.window);
     let event_time = column(&job.event_time.column).expect("the event-time column is a column");
