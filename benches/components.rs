@@ -1,7 +1,7 @@
 //! Component figures: one stage at a time, each beside a floor measured in the same run.
 //!
-//! `benches/run [NAME] [--json]`. Ratios are the point; absolute rates are this machine's at this moment. None of these
-//! is a figure of the whole program: state is far smaller than memory and no broker takes part.
+//! `benches/run [decode | store] [--json]`. Ratios are the point; absolute rates are this machine's at this moment. None
+//! of these is a figure of the whole program: state is far smaller than memory and no broker takes part.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -81,7 +81,7 @@ fn decode() -> Figure {
 }
 
 /// Keys through probe and prepare, 94 % of them new, beside sorting the same keys.
-fn dedup() -> Figure {
+fn store() -> Figure {
     let folder = TempDir::new().expect("a temporary folder");
     let seed = rand::random();
     let window = std::time::Duration::from_secs(7 * 24 * 3600);
@@ -114,7 +114,7 @@ fn dedup() -> Figure {
             black_box(fingerprints);
         }
     });
-    Figure { name: "dedup", per_second, floor: "sorting the same keys in memory", floor_per_second }
+    Figure { name: "store", per_second, floor: "sorting the same keys in memory", floor_per_second }
 }
 
 /// Every sixteenth key of a batch but the first repeats one of the batch before.
@@ -141,7 +141,7 @@ fn main() {
     let json = words.iter().any(|word| word == "--json");
     let name = words.iter().find(|word| !word.starts_with("--"));
     type Measure = fn() -> Figure;
-    let known: [(&str, Measure); 2] = [("decode", decode), ("dedup", dedup)];
+    let known: [(&str, Measure); 2] = [("decode", decode), ("store", store)];
     if words.iter().any(|word| word == "--list") {
         known.iter().for_each(|(name, _)| println!("{name}"));
         return;
