@@ -68,7 +68,10 @@ impl State {
             let name = GenerationName::new(1, batch as u64, Uuid::from_u128(batch as u128 + 1));
             generation = Some(store.prepare(name).unwrap());
             store.publish();
+            // Which files there are must not depend on how fast merges are.
+            store.finish_merges();
         }
+        drop(store);
         let generation = generation.unwrap();
         let state = Self { folder, generation, keys: begin - salt, repeats, bucket_of };
         // Files of earlier generations are not the state.
