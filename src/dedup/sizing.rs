@@ -12,7 +12,7 @@
 //! came in, and a key is written once and rewritten once per tier above the first.
 //!
 //! **Bytes per key** in a section of `n` keys: `88 - log2(n) + 2.2` bits of pages (Elias-Fano codes of uniform numbers)
-//! and the filter's bits, which [`filter`](super::filter) chooses.
+//! and the filter's bits, which `dedup/filter.rs` chooses.
 //!
 //! **Seconds per batch** `= max(cpu, stream, reads + 0.3 * stream)`. `stream` is the bytes of filters that are not pinned
 //! and worth reading, over the sequential speed `S`. `reads` is the pages of the filters' positives: `p` positives in `d`

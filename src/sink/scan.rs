@@ -1,7 +1,7 @@
 //! Reading a table back in bounded memory: keys for the dedup state, places of dead letters.
 //!
 //! Bounds: one data file at a time for each reader, batches of [`SCAN_ROWS_MAX`] rows; what a reader holds is one row
-//! group's chunks of the columns that are read, and [`READ_AHEAD_BATCHES`] batches. Delete files of other programs are
+//! group's chunks of the columns that are read, and `READ_AHEAD_BATCHES` batches. Delete files of other programs are
 //! applied.
 
 use futures::stream::BoxStream;
