@@ -27,6 +27,8 @@ mod ours;
 mod process;
 #[path = "dedup/rebuild.rs"]
 mod rebuild;
+#[path = "dedup/set.rs"]
+mod set;
 #[path = "dedup/settings.rs"]
 mod settings;
 
@@ -45,7 +47,7 @@ struct Bench {
 }
 
 /// What a user calls, and below it the processes that those start.
-const BENCHES: [Bench; 8] = [
+const BENCHES: [Bench; 10] = [
     Bench {
         name: "dedup",
         what: "events per second on a state of many keys, beside RocksDB with --rocksdb",
@@ -102,6 +104,18 @@ const BENCHES: [Bench; 8] = [
         what: "damaged files: each is named, or the answers are right",
         choices: &[("count", "1000")],
         run: flips::flips,
+    },
+    Bench {
+        name: "set",
+        what: "how many keys a plain set in memory bears under the limit",
+        choices: &[("keys", "1e8"), ("memory", "256MiB"), ("state", "")],
+        run: set::set,
+    },
+    Bench {
+        name: "set-worker",
+        what: "",
+        choices: &[("keys", ""), ("form", ""), ("note", "")],
+        run: set::work,
     },
     Bench {
         name: "dedup-worker",

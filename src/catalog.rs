@@ -14,6 +14,8 @@
 //! Storage: local files go through OpenDAL, which syncs a file when it is closed; the crate's own local backend
 //! does not sync metadata files.
 
+pub mod updates;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -97,6 +99,13 @@ impl CatalogError {
         Self::Misconfigured { what: what.into(), source: None }
     }
 
+    /// The catalog said that it made something, and it is not there: the SQL catalog of 0.10.1 says so where the COMMIT
+    /// failed (its bug 3061).
+    pub fn made_in_vain(what: impl Into<String>) -> Self {
+        let source = Error::new(ErrorKind::Unexpected, "the catalog reported success, and it is not there");
+        Self::Away { what: what.into(), source: Box::new(source) }
+    }
+
     /// Sorts an error of the iceberg crates by how the caller must react. `what` says what was asked.
     ///
     /// The crates keep one kind for nearly everything, so the chain below is looked at: typed errors of SQLite
@@ -175,10 +184,10 @@ fn cause_of_sql(error: &sqlx::Error) -> Cause {
             // primary result code of SQLite, https://www.sqlite.org/rescode.html; extended ones sit above 8 bits
             let code = database.code().and_then(|code| code.parse::<i32>().ok()).map(|code| code & 0xff);
             match code {
-                Some(5 | 6 | 15) => Cause::Away,            // busy, locked, protocol
-                Some(10 | 13) => Cause::Disk,               // i/o error, full
-                Some(3 | 8 | 23) => Cause::Refused,         // permission, read-only, authorization
-                Some(11 | 14 | 26) => Cause::Misconfigured, // corrupt, can not open, not a database
+                Some(5 | 6 | 15) => Cause::Away,       // busy, locked, protocol
+                Some(10 | 13 | 14) => Cause::Disk,     // i/o error, full, can not open
+                Some(3 | 8 | 23) => Cause::Refused,    // permission, read-only, authorization
+                Some(11 | 26) => Cause::Misconfigured, // corrupt, not a database
                 _ => Cause::Unexpected,
             }
         }
@@ -240,6 +249,8 @@ fn cause_of_text(text: &str) -> Cause {
         "RateLimited",
         "no answer within",
         "database is locked",
+        // not what a catalog says: a proxy or a login page on the way does
+        "Failed to parse response from rest catalog",
     ]) {
         Cause::Away
     } else {
@@ -402,6 +413,9 @@ fn sqlite_uri(path: &Path) -> Result<String, CatalogError> {
 async fn create_sqlite_file(path: &Path) -> Result<(), CatalogError> {
     let what = || format!("sql catalog {}", path.display());
     let is_new = !path.exists();
+    if path.is_dir() {
+        return Err(CatalogError::misconfigured(format!("{} is a folder; name a file in it", what())));
+    }
     if let Some(folder) = path.parent() {
         create_folder(folder)?;
     }
@@ -420,6 +434,7 @@ async fn create_sqlite_file(path: &Path) -> Result<(), CatalogError> {
     let mode: String =
         sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut connection).await.map_err(of_sqlite)?;
     connection.close().await.map_err(of_sqlite)?;
+    crate::crash_point!("catalog_file_made");
     if !mode.eq_ignore_ascii_case("wal") {
         return Err(CatalogError::misconfigured(format!(
             "{}: the file system does not let SQLite use journal mode WAL (it stays {mode}); put the catalog on a \
@@ -503,12 +518,14 @@ pub async fn ensure_namespace(catalog: &dyn Catalog, namespace: &NamespaceIdent)
         if catalog.namespace_exists(&level).await.map_err(|error| CatalogError::classify(what(), error))? {
             continue;
         }
-        if let Err(error) = catalog.create_namespace(&level, HashMap::new()).await {
-            let lost_race = error.kind() == ErrorKind::NamespaceAlreadyExists
-                || catalog.namespace_exists(&level).await.unwrap_or(false);
-            if !lost_race {
-                return Err(CatalogError::classify(what(), error));
-            }
+        let made = catalog.create_namespace(&level, HashMap::new()).await;
+        crate::crash_point!("namespace_made");
+        let stands = catalog.namespace_exists(&level).await;
+        match (made, stands) {
+            (_, Ok(true)) => {}
+            (Err(error), _) if error.kind() == ErrorKind::NamespaceAlreadyExists => {}
+            (Err(error), _) | (Ok(_), Err(error)) => return Err(CatalogError::classify(what(), error)),
+            (Ok(_), Ok(false)) => return Err(CatalogError::made_in_vain(what())),
         }
     }
     Ok(())
@@ -724,6 +741,7 @@ mod tests {
             (config(CatalogKind::Sql, &good.uri, "/tmp/a?b"), "choose another folder"),
             (config(CatalogKind::Rest, "ftp://host", "wh"), "http://"),
             (with("pool.max-connections", plain("many")), "a number of connections"),
+            (config(CatalogKind::Sql, &format!("sqlite:{}", folder.path().display()), "/tmp"), "is a folder"),
             (with("token", plain("hush\nhush")), "one line"),
             (with("credential", Setting::Env("TIDEMILL_NOT_SET".to_owned())), "TIDEMILL_NOT_SET"),
         ];
@@ -764,12 +782,13 @@ mod tests {
     async fn answers_of_a_rest_catalog_are_sorted_by_what_to_do() {
         use std::io::{Read, Write};
         type Expected = fn(&CatalogError) -> bool;
-        let cases: [(&str, &str, Expected); 5] = [
+        let cases: [(&str, &str, Expected); 6] = [
             ("401 Unauthorized", "", |error| matches!(error, CatalogError::Refused { .. })),
             ("403 Forbidden", "{}", |error| matches!(error, CatalogError::Refused { .. })),
             ("503 Service Unavailable", "", |error| matches!(error, CatalogError::Away { .. })),
             ("429 Too Many Requests", "later", |error| matches!(error, CatalogError::Away { .. })),
-            ("200 OK", "<html>hello</html>", |error| matches!(error, CatalogError::Unexpected { .. })),
+            ("200 OK", "<html>hello</html>", |error| matches!(error, CatalogError::Away { .. })),
+            ("418 I'm a teapot", "", |error| matches!(error, CatalogError::Unexpected { .. })),
         ];
         for (status, body, is_right) in cases {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

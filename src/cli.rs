@@ -3,20 +3,28 @@
 //! Results go to standard output, logs, progress and errors to standard error. Every command has `--json`.
 //! The environment is read in two places only: the options below that name a variable, and `${NAME}` in job files.
 
+mod backfill;
+mod cadence;
 mod check;
+mod dead_letters;
 mod demo;
 mod generate;
 mod offsets;
 mod plan;
+mod remake;
 mod run;
+mod savepoint;
 mod state;
+mod table;
 mod terminal;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use remake::Remake;
 
 use crate::job::file::{self, LoadedJob};
 use crate::stop::{Reason, Stop};
@@ -54,15 +62,46 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Drain the topics to their present end and commit, then exit: a scheduler's unit of work
+    /// Drain the topics to their present end and commit, then exit: a scheduler's unit of work; or --continuous
     ///
     /// The end offsets are frozen at the start. Records are taken in bounded microbatches, each one Iceberg commit of
     /// data files, next offsets and dedup state. Killed at any moment, the next run goes on by itself.
+    ///
+    /// On SIGTERM or Ctrl-C no more is read: the open microbatch is closed and committed with what was read, a commit in
+    /// progress is resolved, the table is given back, and the exit code is 13 (0 if a drain was done). A second signal ends
+    /// the process at once, with 130; as after any kill nothing is lost, and the next start takes over.
     Run(RunArgs),
+    /// Process the records of a time range once more, beside what runs and without moving its offsets
+    ///
+    /// For events that were refused, filtered or lost before the job was mended. The backfill is a lane of its own in the
+    /// ledger: each topic partition is read from the first record of the range to its present end, records with a Kafka
+    /// timestamp outside the range are passed over, and what stands in the table already is a repeat. It prints what it would
+    /// read and asks. Killed at any moment, it goes on with --resume, or a little with every run of the job. Beside a run in
+    /// progress, on any host, that run is asked to read it, live first, and this command watches and takes over when the
+    /// run ends.
+    Backfill(backfill::BackfillArgs),
+    /// List, pause, resume or drop backfills
+    #[command(subcommand)]
+    Lane(backfill::LaneCommand),
     /// Check a job file; opens no socket and writes nothing
     Check(JobArgs),
     /// Ask broker and catalog, print what a run would read, create and add; commits nothing
     Plan(JobArgs),
+    /// Compute what hourly, 5-minute and 10-second batches of a job cost: commits, files, memory
+    ///
+    /// One job file serves every cadence: a scheduler that starts `run` each hour or every 5 minutes, or `run --continuous`
+    /// with [microbatch] max_interval.
+    ///
+    /// Hourly: 24 commits and at least 24 data files a day, each large; the cheapest to write and to read. Rows are visible up
+    /// to an hour late. 5 minutes: 288 of each; what most tables want. 10 seconds: 8,640 commits and files a day; readers open
+    /// many small files until an engine compacts them (tidemill does not), and metadata is written that often. Below a
+    /// second tidemill is the wrong tool: a commit takes several round trips of the catalog. Read the topic itself then.
+    ///
+    /// Memory does not depend on the cadence: the job's `memory` holds, and a batch closes early when its new keys fill half
+    /// of the dedup share. Nor do repeats: one is found as far back as the window reaches, in whichever batch its first copy
+    /// came. After a kill at most one batch is read again, and no row of it stands twice. A batch of repeats alone is kept
+    /// open until a heartbeat is due (a third of the lease), and a topic at rest commits nothing but heartbeats.
+    Cadence(CadenceArgs),
     /// Show everything that tidemill does with nothing but this program: broker, catalog and warehouse inside
     Demo(demo::DemoArgs),
     /// Send notification events with known repeats and bad records to Kafka; prints the exact truth as JSON
@@ -76,9 +115,21 @@ enum Command {
     ///
     /// For the stop OFFSETS_LOST. A commit without rows states the old end, the new start and the reason.
     AcceptLoss(OffsetsArgs),
-    /// Look at or discard the local dedup state
+    /// Look at the dedup state, make it again, or discard it
     #[command(subcommand)]
     State(StateCommand),
+    /// Set the watermark of a job
+    #[command(subcommand)]
+    Watermark(WatermarkCommand),
+    /// Make moments of a job that can be gone back to, and go back to them
+    #[command(subcommand)]
+    Savepoint(savepoint::SavepointCommand),
+    /// Keep the tables of a job small
+    #[command(subcommand)]
+    Table(TableCommand),
+    /// Look at refused rows, and decode them again
+    #[command(subcommand)]
+    DeadLetters(dead_letters::DeadLettersCommand),
     /// Print a completion script
     Completions {
         /// The shell
@@ -108,15 +159,41 @@ pub(crate) struct RunArgs {
     /// Start on a table that has rows but no ledger; its rows do not count as seen
     #[arg(long)]
     ignore_rows: bool,
+    /// Go on from the ledger although history is expired and the rows of its last batch are gone, because others deleted them
+    #[arg(long)]
+    trust_ledger: bool,
     /// Resolve everything, read and commit nothing
     #[arg(long)]
     dry_run: bool,
+    /// Go on when everything is read: commit as records come, until a signal
+    ///
+    /// A microbatch closes at max_records, max_bytes or max_interval of [microbatch], whichever is first. New topic partitions
+    /// are read from their earliest offset. Where Kafka, catalog, warehouse or disk fail it says so once, tries again with
+    /// growing pauses and goes on by itself; what a person must decide still ends it.
+    #[arg(long)]
+    continuous: bool,
     /// End after this many microbatches
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     max_batches: Option<u64>,
+    /// End after this time, as in "10 minutes": the open microbatch is closed and committed; what is left is for the next run
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    max_time: Option<Duration>,
+    /// How long this owner may be silent before others call it dead, for tests of heartbeats
+    #[arg(long, hide = true, env = "TIDEMILL_LEASE", value_parser = parse_time)]
+    lease: Option<Duration>,
     /// Append the name of each phase to a file as it is reached, for tests that kill
     #[arg(long, hide = true, env = "TIDEMILL_TRACE_PHASES")]
     trace_phases: Option<PathBuf>,
+}
+
+/// `cadence`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CadenceArgs {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Records a second
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    rate: Option<u64>,
 }
 
 /// `rebase-offsets`, `accept-loss`.
@@ -146,6 +223,49 @@ enum StateCommand {
     Plan(state::PlanArgs),
     /// Read every page of the newest generation and check it
     Verify(JobArgs),
+    /// Check every page of the state; make again what is damaged or missing, from the rows of the table
+    ///
+    /// A run does this by itself when it meets damage. Buckets that the folder still holds whole are kept: count and digest
+    /// of each are compared with the ledger. Only the others are read from the table. Memory is bounded by the job's
+    /// `memory`; disk by twice the size of the state.
+    Rebuild {
+        #[command(flatten)]
+        remake: RemakeArgs,
+        /// Read everything from the table, whatever the folder holds
+        #[arg(long)]
+        all: bool,
+    },
+    /// Let rows that this job did not write count as seen
+    ///
+    /// For the stop TABLE_NOT_EMPTY: a table with rows and no ledger. The ledger begins at the job's start offsets, and events
+    /// of the rows that are there will count as duplicates. On a table with a ledger: rows that others appended come to
+    /// count as seen, up to now; give the command again for later ones. Rows without a value in a key column or without
+    /// event time have no key and are passed over. There is no way back: every rebuild reads these rows too.
+    AdoptRows(RemakeArgs),
+    /// Make a lost ledger again from the rows of the table and what the state folder knows of the job
+    ///
+    /// For the stop LEDGER_LOST, on a table that was copied, registered anew or brought back from a backup. Each topic
+    /// partition goes on after the last record that left a row; what is read again leaves no second row.
+    Adopt(RemakeArgs),
+    /// Make the state again under another key, from the rows of the table
+    ///
+    /// For the stop KEY_SPEC_CHANGED, when the change of key columns, event-time column, repeats, bucket_from or shards is
+    /// meant. Rows stay as they are; those that share the new key count as one key from now on.
+    Rekey(RemakeArgs),
+    /// Let keys stay seen although their rows are deleted: for the erasure of a person's events
+    ///
+    /// While the state lives, a deleted row stays seen. A state that is lost is rebuilt from the rows that are there, and the
+    /// person's event, sent again, would come in. Keys named here stand in a table of their own (the main table's name with
+    /// _suppressed, as fingerprints), which every rebuild reads. Name them before you delete the rows: then their event times
+    /// are found in the table. Rows are not touched: delete them with your engine.
+    Forget {
+        #[command(flatten)]
+        remake: RemakeArgs,
+        /// One JSON object a line with the key columns, as in {"event_id": "e-1"}; with the event-time column too for rows
+        /// that are gone already; - reads standard input
+        #[arg(long, value_name = "FILE")]
+        keys: PathBuf,
+    },
     /// Delete a job's local state, so that the job may start anew on a table without ledger
     ///
     /// For the stop LEDGER_LOST. While the table has its ledger this loses nothing: the next run rebuilds the state from
@@ -159,6 +279,45 @@ enum StateCommand {
     },
 }
 
+/// Commands that make the state again.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RemakeArgs {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Do not ask
+    #[arg(long)]
+    yes: bool,
+    /// Take the table over from another owner, which then ends FENCED
+    #[arg(long)]
+    takeover: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum WatermarkCommand {
+    /// Set it back after a clock ran ahead, or forward
+    ///
+    /// The watermark says up to when event time is held to be complete; what lies more than the window behind it leaves the
+    /// state. Set back, buckets that left it wrongly are live again: from disk while they are in their grace, else from
+    /// the table. The largest event time of each topic partition is capped too, or it would push the watermark again.
+    Set {
+        #[command(flatten)]
+        remake: RemakeArgs,
+        /// The new watermark, RFC 3339
+        #[arg(long, value_name = "TIME")]
+        to: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum TableCommand {
+    /// Let old snapshots of the job's tables go, merge small manifests, delete files that nothing names any more
+    ///
+    /// A run does this by itself every so many commits (sink.iceberg.maintenance). Rows stay as they are. What a tag, a
+    /// branch, a kept snapshot or the ledger needs stays too. Commits as the owner of the table, so it ends BUSY beside a
+    /// run in progress. Data files are not compacted.
+    Expire(table::ExpireArgs),
+}
+
 /// Parses, runs, prints the error chain once, and gives the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -167,15 +326,33 @@ pub fn main() -> ExitCode {
     let job_shown = cli.command.job().map(|job| job.shown());
     let result = match cli.command {
         Command::Run(args) => run::run(&args, json),
+        Command::Backfill(args) => backfill::backfill(&args, json),
+        Command::Lane(command) => backfill::lane(&command, json),
         Command::Check(args) => check::check(&args, json),
         Command::Plan(args) => plan::plan(&args, json),
+        Command::Cadence(args) => cadence::cadence(&args, json),
         Command::Demo(args) => demo::demo(&args, json),
         Command::Generate(args) => generate::generate(&args, json),
         Command::RebaseOffsets(args) => offsets::rebase(&args, json),
         Command::AcceptLoss(args) => offsets::accept_loss(&args, json),
+        Command::Savepoint(command) => command.run(json),
+        Command::Table(TableCommand::Expire(args)) => table::expire(&args, json),
+        Command::DeadLetters(command) => command.run(json),
         Command::State(StateCommand::Inspect(args)) => state::inspect(&args, json),
         Command::State(StateCommand::Plan(args)) => state::plan(&args, json),
         Command::State(StateCommand::Verify(args)) => state::verify(&args, json),
+        Command::State(StateCommand::Rebuild { remake: args, all }) => {
+            remake::remake(&args, &Remake::Rebuild { all }, json)
+        }
+        Command::State(StateCommand::AdoptRows(args)) => remake::remake(&args, &Remake::AdoptRows, json),
+        Command::State(StateCommand::Adopt(args)) => remake::remake(&args, &Remake::Adopt, json),
+        Command::State(StateCommand::Rekey(args)) => remake::remake(&args, &Remake::Rekey, json),
+        Command::State(StateCommand::Forget { remake: args, keys }) => {
+            remake::remake(&args, &Remake::Forget { keys }, json)
+        }
+        Command::Watermark(WatermarkCommand::Set { remake: args, to }) => {
+            remake::remake(&args, &Remake::SetWatermark { to }, json)
+        }
         Command::State(StateCommand::Discard { job, yes }) => state::discard(&job, yes, json),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tidemill", &mut std::io::stdout());
@@ -200,11 +377,25 @@ impl Command {
     fn job(&self) -> Option<JobArgs> {
         match self {
             Self::Run(args) => Some(args.job.clone()),
+            Self::Backfill(args) => Some(args.job()),
+            Self::Lane(command) => Some(command.job()),
             Self::Check(args) | Self::Plan(args) => Some(args.clone()),
+            Self::Cadence(args) => Some(args.job.clone()),
             Self::RebaseOffsets(args) | Self::AcceptLoss(args) => Some(args.job.clone()),
+            Self::Savepoint(command) => Some(command.job()),
+            Self::Table(TableCommand::Expire(args)) => Some(args.job.clone()),
+            Self::DeadLetters(command) => Some(command.job().clone()),
             Self::State(StateCommand::Verify(args)) => Some(args.clone()),
             Self::State(StateCommand::Plan(args)) => args.job(),
             Self::State(StateCommand::Discard { job, .. }) => Some(job.clone()),
+            Self::State(
+                StateCommand::Rebuild { remake: args, .. }
+                | StateCommand::Forget { remake: args, .. }
+                | StateCommand::AdoptRows(args)
+                | StateCommand::Adopt(args)
+                | StateCommand::Rekey(args),
+            )
+            | Self::Watermark(WatermarkCommand::Set { remake: args, .. }) => Some(args.job.clone()),
             Self::State(StateCommand::Inspect(_))
             | Self::Demo(_)
             | Self::Generate(_)
@@ -241,6 +432,12 @@ fn quoted(word: &str) -> String {
         return word.to_owned();
     }
     format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+/// A duration in words that is not zero.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time.is_zero() { Err("must not be zero".to_owned()) } else { Ok(time) }
 }
 
 /// Asks on a terminal; without one, `--yes` is needed.

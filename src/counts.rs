@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::mutant;
+
 /// Outcomes of one batch, in rows after arrays were split.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
@@ -37,7 +39,7 @@ impl Counts {
             + self.late_side
             + self.late_dropped
             + self.dead_letter
-            + self.dead_letter_known
+            + mutant!("known-letters-not-conserved", 0 => self.dead_letter_known)
             + self.filtered
             + self.outside_range
     }
@@ -59,5 +61,29 @@ impl Counts {
         self.filtered += other.filtered;
         self.outside_range += other.outside_range;
         self.late += other.late;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_outcome_counts_once_and_a_mark_is_none() {
+        let each = Counts {
+            consumed: 0,
+            written: 1,
+            duplicate: 10,
+            late_side: 100,
+            late_dropped: 1_000,
+            dead_letter: 10_000,
+            dead_letter_known: 100_000,
+            filtered: 1_000_000,
+            outside_range: 10_000_000,
+            late: 100_000_000,
+        };
+        assert_eq!(each.outcomes(), 11_111_111);
+        assert!(!each.conserved());
+        assert!(Counts { consumed: 11_111_111, ..each }.conserved());
     }
 }

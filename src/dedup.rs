@@ -55,6 +55,7 @@ mod pending;
 mod pins;
 mod reads;
 mod recent;
+mod salvage;
 mod segment;
 pub mod sizing;
 mod store;
@@ -66,7 +67,7 @@ mod window;
 #[cfg(test)]
 mod corruption_tests;
 #[cfg(test)]
-mod fuzz_tests;
+pub(crate) mod fuzz_tests;
 #[cfg(test)]
 mod golden_tests;
 #[cfg(test)]
@@ -87,10 +88,13 @@ pub use builder::{Builder, RebuildReport};
 #[doc(hidden)]
 pub use filter::FilterAlone;
 pub use generation::{
-    GenerationInfo, GenerationName, GenerationRef, SweepReport, list_generations, set_aside, sweep,
+    GenerationInfo, GenerationName, GenerationRef, SweepReport, generation_of_file, is_at_home,
+    list_generations, segments_in, segments_of, set_aside, sweep,
 };
 pub use inspect::{Content, Inspection, ManifestFacts, SectionFacts, SegmentFacts, inspect, is_state_file};
+pub(crate) use pending::PENDING_KEY_BYTES;
 pub use pins::PinStats;
+pub use salvage::{GenerationFacts, generation_facts, salvage};
 pub use store::{Store, StoreStats};
 pub use verify::{VerifyProgress, VerifyReport, verify, verify_with_progress};
 pub use window::{Loan, LoanBuilder};

@@ -22,7 +22,7 @@ pub const WATERMARK_DELAY_DEFAULT: Duration = Duration::from_secs(10 * 60);
 pub const AHEAD_MAX_DEFAULT: Duration = Duration::from_secs(60 * 60);
 /// A topic partition this far behind the leader in event time, read to its end, no longer holds the watermark.
 pub const IDLE_AFTER_DEFAULT: Duration = Duration::from_secs(10 * 60);
-/// How far behind its watermark a row is not yet late. Lateness is only counted (`late = "keep"`), so none is allowed
+/// How far behind its watermark a row is not yet late. With `late = "keep"` lateness is only counted, so none is allowed
 /// unless the job says so.
 pub const ALLOWED_LATENESS_DEFAULT: Duration = Duration::ZERO;
 /// How long a key is remembered.
@@ -39,9 +39,19 @@ pub const PAYLOAD_BYTES_MAX_DEFAULT: u64 = 2 << 30;
 pub const OPEN_TIME_MAX_DEFAULT: Duration = Duration::from_secs(5 * 60);
 /// Share of dead letters above which nothing is committed.
 pub const DEAD_LETTER_RATIO_MAX_DEFAULT: f64 = 0.05;
+/// Default of `maintenance.every_commits`: one more commit in twenty.
+pub const MAINTENANCE_COMMITS_DEFAULT: u32 = 20;
+/// Default of `maintenance.max_snapshots` on a table that does not say how old a snapshot may become.
+pub const SNAPSHOTS_MAX_DEFAULT: u32 = 40;
+/// Default of `maintenance.orphans_older_than`, as Iceberg's own removal of orphan files has it.
+pub const ORPHAN_AGE_DEFAULT: Duration = Duration::from_secs(3 * 24 * 60 * 60);
+/// Smallest `maintenance.orphans_older_than`: well above the longest answer of a storage.
+pub const ORPHAN_AGE_MIN: Duration = Duration::from_secs(60 * 60);
 /// A batch smaller than this never trips the brake: one bad record of ten says little.
 pub const BRAKE_RECORDS_MIN: u64 = 1_000;
 
+/// Default of `state.copy_rate`: little enough to leave a network of 1 Gbit/s to the data files.
+pub const COPY_RATE_DEFAULT: u64 = 32 << 20;
 /// Folder of lock and dedup state unless the job says otherwise.
 pub const STATE_DIR_DEFAULT: &str = "./state";
 /// Catalog of a job that names none: a SQLite file next to its tables.
@@ -50,6 +60,10 @@ pub const CATALOG_URI_DEFAULT: &str = "sqlite:./warehouse/catalog.db";
 pub const WAREHOUSE_DEFAULT: &str = "./warehouse";
 /// What the dead-letter table adds to the main table's name unless it is named.
 pub const DEAD_LETTERS_SUFFIX: &str = "_dead_letters";
+/// What the late table adds to the main table's name unless it is named.
+pub const LATE_SUFFIX: &str = "_late";
+/// What the name of the table of erased keys adds to the main table's.
+pub const SUPPRESSED_SUFFIX: &str = "_suppressed";
 
 /// Everything a run is asked to do.
 #[derive(Debug, Clone)]
@@ -61,6 +75,8 @@ pub struct Job {
     /// Folder of lock and dedup state. Disposable: rebuilt from the tables. A relative path starts at the current
     /// working directory of the process, not at the job file.
     pub state_dir: PathBuf,
+    /// Where copies of the dedup state go; `None` = nowhere.
+    pub state_copies: Option<StateCopies>,
     /// Where records come from.
     pub source: KafkaSource,
     /// How payloads become rows.
@@ -73,6 +89,15 @@ pub struct Job {
     pub microbatch: MicrobatchLimits,
     /// Where rows go.
     pub sink: IcebergSink,
+}
+
+/// `[state]`: copies of the dedup state, for machines whose disk does not outlive a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateCopies {
+    /// A folder, as a path or `file://`, or a place of S3 (`s3://bucket/path`), without a slash at its end.
+    pub to: String,
+    /// Most bytes that are copied in a second.
+    pub bytes_per_second: u64,
 }
 
 /// `[source.kafka]`.
@@ -196,7 +221,7 @@ pub struct EventTimeRule {
     pub watermark_delay: Duration,
     /// How far behind its watermark a row is not yet late. At most the window.
     pub allowed_lateness: Duration,
-    /// What happens to late rows. Only `keep` is built.
+    /// What happens to late rows.
     pub late: LatePolicy,
     /// Rows further ahead than this are dead letters.
     pub ahead_max: Duration,
@@ -209,6 +234,10 @@ pub struct EventTimeRule {
 pub enum LatePolicy {
     /// Late rows are marked in the counts and written like others.
     Keep,
+    /// Late rows that were not seen before go to the late table.
+    Side,
+    /// Late rows are counted and go nowhere; their keys do not count as seen.
+    Drop,
 }
 
 /// `[dedup]`.
@@ -224,8 +253,19 @@ pub struct Dedup {
     pub shards: u32,
     /// Where the time of a key's bucket comes from.
     pub bucket_from: BucketFrom,
-    /// What happens to an event whose bucket has left the state. Only `check` is built.
+    /// What happens to an event whose bucket has left the state.
     pub beyond_window: BeyondWindow,
+    /// What a rebuild does that misses keys which the ledger counts.
+    pub on_missing_keys: OnMissingKeys,
+}
+
+/// `on_missing_keys`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnMissingKeys {
+    /// Stop: a person decides whether the rows come back.
+    Stop,
+    /// Go on without them: their events would be written again.
+    Accept,
 }
 
 /// `bucket_from` and `id_column`.
@@ -266,6 +306,8 @@ impl IdKind {
 pub enum BeyondWindow {
     /// Its bucket is read from the table, and the event looked up in it.
     Check,
+    /// It goes to the late table, marked as unproven; its key does not count as seen.
+    Side,
 }
 
 /// `repeats`.
@@ -302,6 +344,35 @@ pub struct IcebergSink {
     pub table_properties: BTreeMap<String, String>,
     /// Where refused rows go.
     pub dead_letters: DeadLetterSink,
+    /// Where late rows go; the table is made only if the job uses it.
+    pub late: LateSink,
+    /// What a start does on a table that was rolled back.
+    pub on_rollback: OnRollback,
+    /// What keeps the tables small.
+    pub maintenance: MaintenanceRule,
+}
+
+/// `maintenance = { ... }`: what a run does by itself so that a table costs the same after months. The rules of age and
+/// size are the table's own properties, under Iceberg's names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MaintenanceRule {
+    /// Commits of a table from one maintenance to the next; 0 = none by itself.
+    pub every_commits: u32,
+    /// Most snapshots of the main branch that stay, whatever their age, because every commit writes all of them again.
+    /// `None` = [`SNAPSHOTS_MAX_DEFAULT`], unless the table itself says how old a snapshot may become.
+    pub snapshots_max: Option<u32>,
+    /// A file that no snapshot names is deleted when it is older than this.
+    pub orphan_age: Duration,
+}
+
+impl Default for MaintenanceRule {
+    fn default() -> Self {
+        Self {
+            every_commits: MAINTENANCE_COMMITS_DEFAULT,
+            snapshots_max: None,
+            orphan_age: ORPHAN_AGE_DEFAULT,
+        }
+    }
 }
 
 /// One partition field.
@@ -337,6 +408,15 @@ pub enum CatalogKind {
     Rest,
 }
 
+/// `on_rollback`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnRollback {
+    /// Stop: a person decides.
+    Stop,
+    /// Go on from the older batch and read again what came after it.
+    Replay,
+}
+
 /// `dead_letters = { ... }`.
 #[derive(Debug, Clone)]
 pub struct DeadLetterSink {
@@ -346,7 +426,19 @@ pub struct DeadLetterSink {
     pub ratio_max: f64,
 }
 
+/// `late = { ... }` of the sink.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LateSink {
+    /// Namespace and name; by default the main table's name with `_late`.
+    pub table: Vec<String>,
+}
+
 impl Job {
+    /// Whether rows may go to the late table.
+    pub fn uses_late_table(&self) -> bool {
+        self.event_time.late == LatePolicy::Side || self.dedup.beyond_window == BeyondWindow::Side
+    }
+
     /// Where the time of a key's bucket comes from, as the key spec states it: the event-time column, and before it kind
     /// and column of the id, if an id says it.
     pub fn bucket_source(&self) -> String {
@@ -401,4 +493,11 @@ pub const METADATA_COLUMNS: [(&str, PrimitiveType, bool); 6] = [
     ("_kafka_index", PrimitiveType::Int, true),
     ("_kafka_timestamp", PrimitiveType::Timestamptz, false),
     ("_tidemill_batch", PrimitiveType::Long, true),
+];
+
+/// Columns that the late table carries after [`METADATA_COLUMNS`]: the watermark of its topic partition behind which a row
+/// was late (null for one that was not late), and whether nothing proves that the row is no repeat.
+pub const LATE_COLUMNS: [(&str, PrimitiveType, bool); 2] = [
+    ("_tidemill_watermark", PrimitiveType::Timestamptz, false),
+    ("_tidemill_unproven", PrimitiveType::Boolean, true),
 ];

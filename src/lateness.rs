@@ -10,6 +10,7 @@
 
 use crate::event_time::EventTimeMs;
 use crate::job::EventTimeRule;
+use crate::mutant;
 
 /// What time says about a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +18,10 @@ pub enum TimeVerdict {
     /// Within the allowed lateness.
     OnTime,
     /// Behind its topic partition's watermark by more than the allowed lateness.
-    Late,
+    Late {
+        /// That watermark.
+        watermark: EventTimeMs,
+    },
     /// Ahead of `limit`, the latest event time that is believed.
     Ahead {
         /// That time.
@@ -53,7 +57,8 @@ impl Lateness {
 
     /// The latest time that is believed of a record. One without Kafka timestamp is held against the cut time.
     pub fn limit(&self, timestamp_ms: Option<i64>, cut_time_ms: i64) -> EventTimeMs {
-        let believed = timestamp_ms.unwrap_or(cut_time_ms).min(cut_time_ms);
+        let believed = timestamp_ms.unwrap_or(cut_time_ms);
+        let believed = mutant!("producers-clock-believed", believed => believed.min(cut_time_ms));
         EventTimeMs(believed).plus_ms(self.ahead_max_ms)
     }
 
@@ -66,15 +71,16 @@ impl Lateness {
         cut_time_ms: i64,
     ) -> TimeVerdict {
         let limit = self.limit(timestamp_ms, cut_time_ms);
-        if event_time > limit {
+        if mutant!("far-future-believed", false => event_time > limit) {
             return TimeVerdict::Ahead { limit };
         }
-        let max = &mut self.max_event_times[slot as usize];
-        let late = max.is_some_and(|max| {
-            event_time < max.minus_ms(self.watermark_delay_ms).minus_ms(self.allowed_lateness_ms)
-        });
+        let max = &mut self.max_event_times[mutant!("late-by-another-partition", 0 => slot as usize)];
+        let watermark = max.map(|max| max.minus_ms(self.watermark_delay_ms));
+        let late = watermark
+            .filter(|watermark| event_time < watermark.minus_ms(self.allowed_lateness_ms))
+            .map(|watermark| TimeVerdict::Late { watermark });
         *max = Some(max.map_or(event_time, |max| max.max(event_time)));
-        if late { TimeVerdict::Late } else { TimeVerdict::OnTime }
+        late.unwrap_or(TimeVerdict::OnTime)
     }
 
     /// Largest event time of each slot.
@@ -92,17 +98,21 @@ impl Lateness {
         }
         let holding = self.max_event_times.iter().zip(at_end).filter_map(|(max, &at_end)| {
             let max = (*max)?;
-            let idle = at_end && max < leader.minus_ms(self.idle_after_ms);
+            let idle =
+                mutant!("backlog-counted-idle", true => at_end) && max < leader.minus_ms(self.idle_after_ms);
             (!idle).then_some(max)
         });
         let now = holding.min().map(|max| max.minus_ms(self.watermark_delay_ms));
-        before.max(now)
+        mutant!("watermark-moves-back", now => before.max(now))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
 
     use super::*;
     use crate::job::LatePolicy;
@@ -126,7 +136,7 @@ mod tests {
         let mut judge = |time| lateness.judge(0, EventTimeMs(time), None, FAR);
         assert_eq!(judge(10_000), TimeVerdict::OnTime);
         assert_eq!(judge(9_850), TimeVerdict::OnTime);
-        assert_eq!(judge(9_849), TimeVerdict::Late);
+        assert_eq!(judge(9_849), TimeVerdict::Late { watermark: EventTimeMs(9_900) });
     }
 
     #[test]
@@ -177,5 +187,91 @@ mod tests {
         let nothing = Lateness::new(&rule(), vec![None]);
         assert_eq!(nothing.watermark(Some(EventTimeMs(5_000)), &[true]), Some(EventTimeMs(5_000)));
         assert_eq!(nothing.watermark(None, &[true]), None);
+    }
+
+    /// A row: slot, event time, Kafka timestamp.
+    type Row = (u32, i64, Option<i64>);
+
+    const SLOTS: u32 = 3;
+
+    /// What the rule says, told from the rows before alone.
+    fn told(before: &[Row], (slot, time, timestamp): Row, cut_ms: i64) -> TimeVerdict {
+        let limit = |timestamp: Option<i64>| timestamp.map_or(cut_ms, |own| own.min(cut_ms)) + 1_000;
+        if time > limit(timestamp) {
+            return TimeVerdict::Ahead { limit: EventTimeMs(limit(timestamp)) };
+        }
+        let believed =
+            before.iter().filter(|(of, time, timestamp)| *of == slot && *time <= limit(*timestamp));
+        let watermark = believed.map(|(_, time, _)| time - 100).max();
+        match watermark.filter(|watermark| time < watermark - 50) {
+            Some(watermark) => TimeVerdict::Late { watermark: EventTimeMs(watermark) },
+            None => TimeVerdict::OnTime,
+        }
+    }
+
+    /// The least largest event time of what is not idle, less the delay.
+    fn held(before: Option<i64>, largest: &[Option<i64>], at_end: &[bool]) -> Option<i64> {
+        let leader = *largest.iter().flatten().max()?;
+        let mut least = i64::MAX;
+        for (largest, at_end) in largest.iter().zip(at_end) {
+            match largest {
+                None if *at_end => {}
+                None => return before,
+                Some(largest) if *at_end && *largest < leader - 500 => {}
+                Some(largest) => least = least.min(*largest),
+            }
+        }
+        before.max(Some(least - 100))
+    }
+
+    proptest! {
+        /// Goal: verdicts are what the rule says of the rows before, wherever batches are cut; watermarks too.
+        /// Method: rows of three slots in a span of a few lateness bounds, some from clocks that are ahead; a new
+        /// `Lateness` from the largest event times at each cut, as a run begins with those of the ledger.
+        #[test]
+        fn verdicts_and_watermarks_agree_with_a_straightforward_model_wherever_batches_are_cut(
+            rows in vec((0..SLOTS, 9_000i64..11_500, proptest::option::of(9_000i64..11_000)), 0..60),
+            cuts in vec(0usize..60, 0..6),
+            at_end in vec(any::<bool>(), SLOTS as usize),
+        ) {
+            let cut_ms = 10_200;
+            let mut lateness = Lateness::new(&rule(), vec![None; SLOTS as usize]);
+            let mut watermark = None;
+            for (index, &(slot, time, timestamp)) in rows.iter().enumerate() {
+                if cuts.contains(&index) {
+                    let largest = lateness.max_event_times().to_vec();
+                    let plain: Vec<Option<i64>> = largest.iter().map(|time| time.map(|time| time.0)).collect();
+                    let expected = held(watermark, &plain, &at_end);
+                    let found = lateness.watermark(watermark.map(EventTimeMs), &at_end).map(|time| time.0);
+                    prop_assert_eq!(found, expected);
+                    prop_assert!(found >= watermark, "a watermark never moves back");
+                    watermark = found;
+                    lateness = Lateness::new(&rule(), largest);
+                }
+                let verdict = lateness.judge(slot, EventTimeMs(time), timestamp, cut_ms);
+                prop_assert_eq!(verdict, told(&rows[..index], rows[index], cut_ms));
+            }
+        }
+
+        /// Goal: a clock that runs ahead on one producer makes nothing of the others late and moves no watermark.
+        #[test]
+        fn rows_too_far_ahead_change_no_other_verdict(
+            rows in vec((0..SLOTS, 9_000i64..10_000), 1..40),
+            ahead in vec((0usize..40, 0..SLOTS, 12_000i64..1_000_000), 0..10),
+        ) {
+            let judge = |with_ahead: bool| {
+                let mut lateness = Lateness::new(&rule(), vec![None; SLOTS as usize]);
+                let mut verdicts = Vec::new();
+                for (index, &(slot, time)) in rows.iter().enumerate() {
+                    for &(_, slot, time) in ahead.iter().filter(|(at, ..)| with_ahead && *at == index) {
+                        let verdict = lateness.judge(slot, EventTimeMs(time), Some(10_000), 10_000);
+                        assert_eq!(verdict, TimeVerdict::Ahead { limit: EventTimeMs(11_000) });
+                    }
+                    verdicts.push(lateness.judge(slot, EventTimeMs(time), Some(10_000), 10_000));
+                }
+                (verdicts, lateness.max_event_times().to_vec())
+            };
+            prop_assert_eq!(judge(true), judge(false));
+        }
     }
 }

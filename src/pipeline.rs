@@ -4,38 +4,57 @@
 //! ```text
 //! survey -> start table -> lease -> tails -> fence -> side tables -> state -> { microbatch }* -> release
 //! ```
+//! A continuous run has no end offsets, and begins again where something was away (`continuous`).
+//!
 //! The first five change nothing but the local lock file; the fence is the first commit. A stop before it says truthfully
 //! that nothing was written.
 //!
 //! Invariants
 //! 1. A batch's rows come from exactly `[start, end)` of each topic partition, where start is the ledger's end (R5).
 //! 2. Every refusing stage stands before dedup (R1): what is probed is written, in the same batch.
-//! 3. Counts are conserved before a commit is sent: [`Counts::conserved`].
+//! 3. Counts are conserved before a commit is sent: `Counts::conserved`.
 //! 4. Main n+1 is not sent before the side tables have n (R10).
 
+mod ahead;
+pub mod backfill;
+pub mod commands;
+mod continuous;
+mod copies;
 pub mod history;
 mod keys;
+mod lanes;
+mod late;
+pub mod maintain;
 mod microbatch;
 mod owner;
 mod rebuild;
 pub mod report;
+pub mod requests;
+pub mod requeue;
 mod session;
-pub mod start;
+mod state;
 pub mod stops;
 pub mod survey;
+mod watch;
+pub(crate) mod world;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use microbatch::Run;
 use report::{Event, Phases, Report, Summary};
 use session::Session;
 
+pub use crate::protocol::start;
 pub use owner::{OffsetCommand, describe as describe_jump, move_offsets};
 
+use crate::commit::request::NewLane;
 use crate::counts::Counts;
+use crate::job::OnRollback;
 use crate::job::file::LoadedJob;
 use crate::memory::MemoryPlan;
+use crate::protocol;
 use crate::stop::{Reason, Stop};
 
 /// What one run is asked beyond its job.
@@ -47,17 +66,41 @@ pub struct RunOptions {
     pub takeover: bool,
     /// Start on a table with rows and no ledger.
     pub ignore_rows: bool,
+    /// Go on from the ledger's property although no snapshot and no row confirms it.
+    pub trust_ledger: bool,
+    /// Go on when everything is read, until asked to end.
+    pub continuous: bool,
     /// End after this many microbatches.
     pub batches_max: Option<u64>,
+    /// End then: the open microbatch is closed and committed.
+    pub end_by: Option<Instant>,
+    /// How long this owner may be silent before others call it dead; `None` = as the job's microbatches ask.
+    pub lease: Option<Duration>,
     /// Phase trace for tests.
     pub phases: Phases,
-    /// Set by a signal: the open batch is dropped, the lease released.
+    /// The backfill that this run is begun for; it goes on until that is done.
+    pub backfill: Option<Wish>,
+    /// Set by a signal: the open microbatch is closed and committed, the lease released.
     pub interrupt: Arc<AtomicBool>,
+}
+
+/// The backfill that a run is begun for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Wish {
+    /// Name of its lane.
+    pub lane: String,
+    /// What it is to read, if the ledger does not know it yet.
+    pub register: Option<NewLane>,
 }
 
 impl RunOptions {
     fn interrupted(&self) -> bool {
         self.interrupt.load(Ordering::Relaxed)
+    }
+
+    /// Whether no record is to be read any more.
+    fn is_ending(&self) -> bool {
+        self.interrupted() || self.end_by.is_some_and(|end_by| Instant::now() >= end_by)
     }
 }
 
@@ -90,13 +133,21 @@ pub fn plan_memory(loaded: &LoadedJob) -> Result<MemoryPlan, Stop> {
     Ok(plan)
 }
 
-/// Drains a job's topics to the end offsets frozen now.
+/// Drains a job's topics to the end offsets frozen now, or follows them until asked to end.
 ///
 /// # Errors
 /// A [`Stop`] that names the reason and the way out. Batches committed before it stay committed.
 pub async fn run(loaded: &LoadedJob, options: &RunOptions, report: &mut dyn Report) -> Result<Summary, Stop> {
-    let begun = Instant::now();
     options.phases.reach("start");
+    if options.continuous {
+        continuous::run(loaded, options, report).await
+    } else {
+        drain(loaded, options, report).await
+    }
+}
+
+async fn drain(loaded: &LoadedJob, options: &RunOptions, report: &mut dyn Report) -> Result<Summary, Stop> {
+    let begun = Instant::now();
     let mut session = match Session::open(loaded, options, report).await? {
         session::Opened::NothingToRead(summary) => {
             report.event(&Event::Done((*summary).clone()));
@@ -104,36 +155,21 @@ pub async fn run(loaded: &LoadedJob, options: &RunOptions, report: &mut dyn Repo
         }
         session::Opened::Session(session) => session,
     };
-    let drained = drain(&mut session, options, report).await;
-    let result = match drained {
-        Ok((counts, batches)) => {
-            session.owner.release().await?;
-            Ok(Summary { seconds: begun.elapsed().as_secs_f64(), ..session.summary(counts, batches) })
-        }
-        Err(stop) => {
-            session.owner.release_after(&stop).await;
-            Err(stop)
-        }
-    };
-    options.phases.reach("released");
-    let summary = result?;
+    if let Err(stop) = session.begin_backfill(report).await {
+        session.owner.release_after(&stop).await;
+        return Err(stop);
+    }
+    let mut run = Run::new(&mut session, report, Counts::default(), 0);
+    let drained = protocol::drain(&mut run).await;
+    let (counts, batches) = (run.counts, run.batches);
+    let was_cut_short = options.interrupted() && session.has_more();
+    let drained = if was_cut_short { drained.and(Err(stops::interrupted())) } else { drained };
+    let ended = session.owner.end(drained).await;
+    session.finish_copies(report).await;
+    ended?;
+    let summary = Summary { seconds: begun.elapsed().as_secs_f64(), ..session.summary(counts, batches) };
     report.event(&Event::Done(summary.clone()));
     Ok(summary)
-}
-
-async fn drain(
-    session: &mut Session<'_>,
-    options: &RunOptions,
-    report: &mut dyn Report,
-) -> Result<(Counts, u64), Stop> {
-    let (mut total, mut batches) = (Counts::default(), 0);
-    while session.has_more() && options.batches_max.is_none_or(|most| batches < most) {
-        let batch = session.microbatch(total.consumed, report).await?;
-        total.add(&batch.counts);
-        batches += 1;
-        report.event(&batch.event());
-    }
-    Ok((total, batches))
 }
 
 /// What a run would do now, in a sentence; or the stop that it would end with.
@@ -143,7 +179,9 @@ async fn drain(
 pub fn describe_start(loaded: &LoadedJob, survey: &survey::Survey, job_shown: &str) -> Result<String, Stop> {
     let options = RunOptions { job_shown: job_shown.to_owned(), ..RunOptions::default() };
     survey.refuse_other_schema(&loaded.job)?;
-    let record = owner::judge(survey, &loaded.job, &options, start::Allow::default())?;
+    let replay = loaded.job.sink.on_rollback == OnRollback::Replay;
+    let allow = start::Allow { replay, ..start::Allow::default() };
+    let record = owner::judge(survey, &loaded.job, &options, allow)?;
     Ok(match record {
         None => "a run would be the first: it records the start offsets, then reads".to_owned(),
         Some(record) => {

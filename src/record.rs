@@ -103,6 +103,15 @@ impl RecordChunk {
         self.headers.clear();
     }
 
+    /// Forgets the records that are not to be kept; gives their number. Their bytes are freed with the chunk.
+    pub fn retain(&mut self, keep: impl FnMut(Record<'_>) -> bool) -> usize {
+        let before = self.heads.len();
+        let kept: Vec<bool> = self.iter().map(keep).collect();
+        let mut kept = kept.iter();
+        self.heads.retain(|_| *kept.next().expect("one answer for each record"));
+        before - self.heads.len()
+    }
+
     /// The record at `index` in the order they were pushed. `index` is less than [`RecordChunk::len`].
     pub fn get(&self, index: usize) -> Record<'_> {
         Record { chunk: self, head: &self.heads[index] }

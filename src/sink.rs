@@ -11,7 +11,9 @@ pub mod dead_letters;
 pub mod durable;
 pub mod scan;
 pub mod schema;
+pub mod stored_letters;
+pub mod suppressed;
 pub mod writer;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

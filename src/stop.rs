@@ -61,6 +61,8 @@ pub enum Reason {
     FormatTooNew,
     /// A side table's files are gone.
     SideFilesLost,
+    /// Main went back to a batch of which a side table keeps no snapshot.
+    SideNotRestorable,
     /// Ledger record can not be read.
     LedgerCorrupt,
     /// Keys rebuilt from the tables are not those that the ledger counts.
@@ -97,6 +99,7 @@ impl Reason {
             Self::KeySpecChanged => "KEY_SPEC_CHANGED",
             Self::FormatTooNew => "FORMAT_TOO_NEW",
             Self::SideFilesLost => "SIDE_FILES_LOST",
+            Self::SideNotRestorable => "SIDE_NOT_RESTORABLE",
             Self::LedgerCorrupt => "LEDGER_CORRUPT",
             Self::MissingKeys => "MISSING_KEYS",
             Self::Unexpected => "UNEXPECTED",
@@ -123,7 +126,7 @@ impl Reason {
             Self::SchemaDiffers | Self::KeySpecChanged => 26,
             Self::FormatTooNew => 27,
             Self::NotAuthorized => 28,
-            Self::SideFilesLost | Self::MissingKeys => 29,
+            Self::SideFilesLost | Self::SideNotRestorable | Self::MissingKeys => 29,
             Self::Unexpected => EXIT_UNEXPECTED,
         }
     }

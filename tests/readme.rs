@@ -1,4 +1,5 @@
-//! README names what a user may meet: every reason to stop with its exit code, every reason of a dead letter.
+//! README names what a user may meet: every reason to stop with its exit code, every reason of a dead letter. The tests'
+//! README names, for each known way to lose or double data, tests that exist.
 
 use tidemill::letter::ReasonCode;
 use tidemill::stop::Reason;
@@ -59,6 +60,7 @@ fn the_exit_codes_are_those_of_the_code() {
         Reason::FormatTooNew,
         Reason::NotAuthorized,
         Reason::SideFilesLost,
+        Reason::SideNotRestorable,
         Reason::MissingKeys,
     ];
     for reason in reasons {
@@ -73,4 +75,40 @@ fn every_reason_of_a_dead_letter_stands_in_the_table() {
         let row = README.lines().any(|line| line.starts_with("| `") && line.contains(&format!("`{code}`")));
         assert!(row, "{code} has no row in README.md");
     }
+}
+
+/// Text of all sources and tests.
+fn sources() -> String {
+    let mut text = String::new();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders = vec![root.join("src"), root.join("tests")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let ending = path.extension().unwrap_or_default();
+            if path.is_dir() {
+                folders.push(path);
+            } else if ending == "rs" || ending == "py" {
+                text.push_str(&std::fs::read_to_string(path).unwrap());
+            }
+        }
+    }
+    text
+}
+
+#[test]
+fn the_tests_that_stand_beside_each_known_failure_exist() {
+    let rows: Vec<&str> = include_str!("README.md").lines().filter(|line| line.starts_with("| P")).collect();
+    let sources = sources();
+    for (number, row) in (1..).zip(&rows) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        assert_eq!(cells[1], format!("P{number:02}"));
+        assert!(cells[3] != "none" || !cells[4].is_empty(), "{} has no test and no reason", cells[1]);
+        for name in cells[3].split('`').skip(1).step_by(2) {
+            let is_there =
+                sources.contains(&format!("fn {name}(")) || sources.contains(&format!("def {name}("));
+            assert!(is_there, "{}: there is no test {name}", cells[1]);
+        }
+    }
+    assert_eq!(rows.len(), 78);
 }

@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 use super::ours::{Prepared, worker_words};
 use super::{Failure, Scratch, Settings, device, limit};
 
+/// Memory that a batch takes in the anchor beside its cache: ids twice, and what was found.
+const ANCHOR_BYTES_PER_EVENT: u64 = 40;
 /// Names the program that `benches/run --rocksdb` builds.
 const ANCHOR_VARIABLE: &str = "TIDEMILL_BENCH_ANCHOR";
 
@@ -111,7 +113,7 @@ impl Anchor {
             if anchor.folder.exists() {
                 std::fs::remove_dir_all(&anchor.folder)?;
             }
-            let words = anchor.words("load", seed, keys, &[cache_bytes(keys, settings)]);
+            let words = anchor.words("load", seed, keys, &[cache_bytes(keys, 0, settings)]);
             let status = std::process::Command::new(&anchor.program).args(words).status()?;
             if !status.success() {
                 return Err(format!("loading RocksDB ended with {status}").into());
@@ -139,14 +141,17 @@ impl Anchor {
             ("batch", batch.to_string()),
             ("batches", settings.number("batches").to_string()),
             ("load", settings.text("load").to_owned()),
-            cache_bytes(keys, settings),
+            cache_bytes(keys, batch, settings),
         ];
         self.words("run", seed, keys, &others)
     }
 }
 
-/// Of 1 GiB 600 MB while all filters fit, 400 MB when they do not: with more it is killed at the limit.
-fn cache_bytes(keys: u64, settings: &Settings) -> (&'static str, String) {
+/// Of 1 GiB 600 MB while all filters fit, 400 MB when they do not, and less for batches that take more than 1 M events
+/// themselves: with more it is killed at the limit.
+fn cache_bytes(keys: u64, batch: u64, settings: &Settings) -> (&'static str, String) {
     let percent = if keys < 500_000_000 { 56 } else { 38 };
-    ("cache-bytes", (settings.bytes("memory") / 100 * percent).to_string())
+    let bytes = settings.bytes("memory") / 100 * percent;
+    let of_batch = batch.saturating_sub(1_000_000) * ANCHOR_BYTES_PER_EVENT;
+    ("cache-bytes", bytes.saturating_sub(of_batch).max(bytes / 4).to_string())
 }

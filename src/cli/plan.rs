@@ -3,7 +3,10 @@
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
+use super::cadence::{self, Cadence};
 use super::{JobArgs, run, terminal};
+use crate::commit::side::Role;
+use crate::job::StartPosition;
 use crate::job::file::LoadedJob;
 use crate::memory::MemoryPlan;
 use crate::pipeline::survey::Survey;
@@ -22,9 +25,12 @@ struct Plan {
     lag: u64,
     table: TablePlan,
     dead_letter_table: TablePlan,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    late_table: Option<TablePlan>,
     ledger: Option<LedgerPlan>,
     memory: MemoryPlan,
     memory_text: String,
+    cadence: Cadence,
     verdict: String,
 }
 
@@ -116,7 +122,11 @@ fn build(loaded: &LoadedJob, memory: MemoryPlan, survey: &Survey, args: &JobArgs
         topics,
         lag,
         table: main_plan(loaded, survey)?,
-        dead_letter_table: dead_letter_plan(survey)?,
+        dead_letter_table: side_plan(loaded, survey, Role::DeadLetters)?,
+        late_table: match survey.side_idents.contains_key(&Role::Late) {
+            true => Some(side_plan(loaded, survey, Role::Late)?),
+            false => None,
+        },
         ledger: survey.record().map(|record| LedgerPlan {
             batch: record.batch,
             epoch: record.epoch,
@@ -127,6 +137,7 @@ fn build(loaded: &LoadedJob, memory: MemoryPlan, survey: &Survey, args: &JobArgs
         }),
         memory,
         memory_text: memory.to_string(),
+        cadence: cadence_of(loaded, &memory, survey),
         verdict,
     })
 }
@@ -167,12 +178,27 @@ fn main_plan(loaded: &LoadedJob, survey: &Survey) -> Result<TablePlan, Stop> {
     })
 }
 
-fn dead_letter_plan(survey: &Survey) -> Result<TablePlan, Stop> {
-    let wanted = crate::sink::dead_letters::table_schema().map_err(pipeline::stops::schema)?;
+fn side_plan(loaded: &LoadedJob, survey: &Survey, role: Role) -> Result<TablePlan, Stop> {
+    let wanted = match role {
+        Role::DeadLetters => crate::sink::dead_letters::table_schema(),
+        Role::Late => schema::late_schema(&loaded.job),
+    };
+    let wanted = wanted.map_err(pipeline::stops::schema)?;
+    let table = survey.sides.get(&role);
+    let additions = match table {
+        Some(table) => pipeline::survey::compare_side(table, role, &loaded.job)?.additions,
+        None => Vec::new(),
+    };
+    let additions: Vec<String> = additions.iter().map(ToString::to_string).collect();
+    let action = match (table, additions.is_empty()) {
+        (None, _) => "create".to_owned(),
+        (Some(_), true) => "none".to_owned(),
+        (Some(_), false) => additions.join("; "),
+    };
     Ok(TablePlan {
-        name: survey.dead_ident.to_string(),
-        exists: survey.dead.is_some(),
-        action: if survey.dead.is_some() { "none" } else { "create" }.to_owned(),
+        name: survey.side_idents[&role].to_string(),
+        exists: table.is_some(),
+        action,
         columns: columns_of(&wanted),
         partition_by: Vec::new(),
     })
@@ -197,7 +223,10 @@ fn print(plan: &Plan) {
         }
     }
     println!("{offsets}");
-    for (what, side) in [("table", &plan.table), ("dead letters", &plan.dead_letter_table)] {
+    let late = plan.late_table.iter().map(|late| ("late rows", late));
+    for (what, side) in
+        [("table", &plan.table), ("dead letters", &plan.dead_letter_table)].into_iter().chain(late)
+    {
         println!("{what} {}: {}", side.name, if side.exists { "exists" } else { "does not exist" });
         println!("  to do: {}", side.action);
         if !side.partition_by.is_empty() {
@@ -224,7 +253,25 @@ fn print(plan: &Plan) {
         ),
     }
     println!("memory: {}", plan.memory_text);
+    cadence::print(&plan.cadence);
     println!("{}", plan.verdict);
+}
+
+/// At the rate of the last hour, as far as the broker tells it.
+fn cadence_of(loaded: &LoadedJob, memory: &MemoryPlan, survey: &Survey) -> Cadence {
+    let hour_ago = StartPosition::Timestamp(chrono::Utc::now().timestamp_millis() - 3_600_000);
+    let since = survey.connection.resolve_start(&hour_ago, &survey.offsets).unwrap_or_default();
+    let records: i64 =
+        since.iter().map(|(name, start)| (survey.offsets[name].end.get() - start.get()).max(0)).sum();
+    match records.unsigned_abs() / 3_600 {
+        0 => cadence::of(
+            &loaded.job,
+            memory,
+            cadence::RATE_ASSUMED,
+            "assumed: the topics rested in the last hour",
+        ),
+        rate => cadence::of(&loaded.job, memory, rate, "as in the last hour"),
+    }
 }
 
 /// A table for people, without frames.

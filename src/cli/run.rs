@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use super::terminal::Terminal;
 use super::{RunArgs, plan};
@@ -12,7 +13,7 @@ use crate::stop::{Reason, Stop};
 /// Exit code of a process ended by a second signal, as shells count SIGINT.
 const EXIT_SECOND_SIGNAL: i32 = 130;
 
-/// Drains a job.
+/// Drains a job, or follows its topics.
 pub fn run(args: &RunArgs, json: bool) -> Result<(), Stop> {
     if args.dry_run {
         return plan::plan(&args.job, json);
@@ -26,7 +27,12 @@ pub fn run(args: &RunArgs, json: bool) -> Result<(), Stop> {
         job_shown: args.job.shown(),
         takeover: args.takeover,
         ignore_rows: args.ignore_rows,
+        trust_ledger: args.trust_ledger,
+        continuous: args.continuous,
         batches_max: args.max_batches,
+        backfill: None,
+        end_by: args.max_time.map(|time| Instant::now() + time),
+        lease: args.lease,
         phases,
         interrupt: Arc::default(),
     };
@@ -46,7 +52,7 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, Stop> {
 }
 
 /// The first SIGINT or SIGTERM asks the run to end in order, the second ends the process at once.
-fn listen_for_signals(interrupt: Arc<AtomicBool>) -> Result<(), Stop> {
+pub fn listen_for_signals(interrupt: Arc<AtomicBool>) -> Result<(), Stop> {
     use tokio::signal::unix::{SignalKind, signal};
     let failed = |error: std::io::Error| {
         Stop::new(Reason::Unexpected, "signals can not be listened for", "please report this").because(error)
@@ -63,7 +69,7 @@ fn listen_for_signals(interrupt: Arc<AtomicBool>) -> Result<(), Stop> {
                 std::process::exit(EXIT_SECOND_SIGNAL);
             }
             eprintln!(
-                "ending: the open batch is dropped, a commit in progress is finished; once more to end at once"
+                "ending: what was read is committed, a commit in progress is finished; once more to end at once"
             );
         }
     });

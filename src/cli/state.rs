@@ -200,6 +200,7 @@ pub fn discard(args: &JobArgs, yes: bool, json: bool) -> Result<(), Stop> {
     let folder = survey::state_folder(&loaded.job);
     confirm(&format!("delete the dedup state in {}?", folder.display()), yes)?;
     let _lock = StateLock::acquire(&folder).map_err(stops::lock)?;
+    crate::crash_point!("state_to_discard");
     std::fs::remove_dir_all(&folder).map_err(|error| {
         Stop::new(
             Reason::StorageFailed,
@@ -208,6 +209,7 @@ pub fn discard(args: &JobArgs, yes: bool, json: bool) -> Result<(), Stop> {
         )
         .because(error)
     })?;
+    crate::crash_point!("state_discarded");
     if json {
         terminal::print_json(&serde_json::json!({ "event": "discarded", "folder": folder }));
     } else {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
-use crate::pipeline::report::{Event, Report};
+use crate::pipeline::report::{Event, LaneSummary, Report};
 use crate::stop::Stop;
 
 /// Logs to standard error, in the open format of `tracing`: time, level, target, fields.
@@ -58,6 +58,8 @@ pub struct Terminal {
     bar: Option<ProgressBar>,
     begun: Instant,
     lag_at_start: u64,
+    /// The lane that the bar shows; `None` for live.
+    lane: Option<String>,
     consumed: u64,
 }
 
@@ -71,7 +73,26 @@ impl Terminal {
             .expect("the template is a constant");
             ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()).with_style(style)
         });
-        Self { json, bar, begun: Instant::now(), lag_at_start: 0, consumed: 0 }
+        Self { json, bar, begun: Instant::now(), lag_at_start: 0, lane: None, consumed: 0 }
+    }
+
+    /// Takes the bar away, before a result or a question is printed.
+    pub fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Lets the bar begin anew when another lane is read.
+    fn bar_of(&mut self, lane: Option<&String>, left: u64) {
+        if self.lane.as_ref() == lane {
+            return;
+        }
+        (self.lane, self.lag_at_start) = (lane.cloned(), left);
+        if let Some(bar) = &self.bar {
+            bar.set_length(left);
+            bar.set_position(0);
+        }
     }
 
     fn line(&self, text: &str) {
@@ -90,22 +111,53 @@ impl Terminal {
                 if let Some(bar) = &self.bar {
                     bar.set_length(*lag);
                 }
+                self.lane = None;
                 self.line(&format!(
                     "job {job} epoch {epoch}: {} offsets to read from {topic_partitions} topic partitions",
                     HumanCount(*lag)
                 ));
                 tracing::info!(memory, "memory split");
             }
-            Event::Progress { batch, consumed, lag } => {
+            Event::Backfill(lane) => {
+                let to = lane.to.as_deref().unwrap_or("its end");
+                let LaneSummary { lane, state, from, left, counts, .. } = lane;
+                self.bar_of(Some(lane), *left);
+                self.line(&format!(
+                    "backfill {lane} from {from} to {to} is {state}: {} offsets left, consumed {} outside range {} written {} \
+                     duplicate {}",
+                    HumanCount(*left),
+                    counts.consumed,
+                    counts.outside_range,
+                    counts.written,
+                    counts.duplicate
+                ));
+            }
+            Event::Progress { batch, consumed, lag, lane } => {
                 self.consumed = *consumed;
+                self.bar_of(lane.as_ref(), *lag);
                 if let Some(bar) = &self.bar {
                     let rate = *consumed as f64 / self.begun.elapsed().as_secs_f64().max(0.001);
                     bar.set_position(self.lag_at_start.saturating_sub(*lag));
                     bar.set_message(format!(
-                        "{} events  {}/s  lag {}  batch {batch}",
+                        "{}{} events  {}/s  lag {}  batch {batch}",
+                        lane.as_ref().map_or_else(String::new, |lane| format!("{lane}: ")),
                         HumanCount(*consumed),
                         HumanCount(rate as u64),
                         HumanCount(*lag)
+                    ));
+                }
+            }
+            Event::Reading { table, rows, rows_total } => {
+                if let Some(bar) = &self.bar {
+                    let rate = *rows as f64 / self.begun.elapsed().as_secs_f64().max(0.001);
+                    if let Some(total) = rows_total {
+                        bar.set_length(*total);
+                    }
+                    bar.set_position(*rows);
+                    bar.set_message(format!(
+                        "keys of {table}: {} rows  {}/s",
+                        HumanCount(*rows),
+                        HumanCount(rate as u64)
                     ));
                 }
             }
@@ -116,13 +168,17 @@ impl Terminal {
                 data_files,
                 sends,
                 lag,
+                lane,
                 watermark,
                 complete_since,
                 buckets_lent,
             } => {
                 self.line(&format!(
-                    "batch {batch} committed: consumed {} written {} duplicate {} dead_letter {} late {} files {data_files} \
+                    "batch {batch} committed{}: consumed {} written {} duplicate {} dead_letter {} late {} files {data_files} \
                      lag {lag} watermark {} complete since {} snapshot {snapshot_id}{}{}",
+                    lane.as_ref().map_or_else(String::new, |lane| {
+                        format!(" for backfill {lane}, outside range {}", counts.outside_range)
+                    }),
                     counts.consumed,
                     counts.written,
                     counts.duplicate,
@@ -134,7 +190,16 @@ impl Terminal {
                     if *sends > 1 { format!(" sends {sends}") } else { String::new() },
                 ));
             }
+            Event::Maintained { table, done, seconds } => {
+                self.line(&format!("table {table} maintained in {seconds:.1} s: {done}"));
+            }
             Event::Notice { text } => self.line(&format!("note: {text}")),
+            Event::Away { reason, what } => {
+                self.line(&format!("away: {reason}: {what}; trying again until it is back"));
+            }
+            Event::Back { reason, seconds } => {
+                self.line(&format!("back: {reason} is over after {seconds:.0} s"))
+            }
             Event::Done(summary) => {
                 if let Some(bar) = &self.bar {
                     bar.finish_and_clear();
@@ -167,7 +232,7 @@ impl Report for Terminal {
     fn event(&mut self, event: &Event) {
         if !self.json {
             self.show(event);
-        } else if !matches!(event, Event::Progress { .. }) {
+        } else if !matches!(event, Event::Progress { .. } | Event::Reading { .. }) {
             print_json(event);
         }
     }

@@ -7,13 +7,12 @@
 //! (the parent's ends), bucket digests (they stand in the generation manifest) and the list of side files.
 //!
 //! Invariants
-//! 1. `sequence` rises by one with every commit of a job, of whatever kind; a property whose sequence is above the
-//!    ancestry's means that the table was rolled back.
+//! 1. `sequence` rises by one with every commit of a job, of whatever kind, and by as many as were rolled back with the
+//!    fence of a replay; a property whose sequence is above the ancestry's means that the table was rolled back.
 //! 2. `batch` rises by one with every commit of kind [`Kind::Data`] and by no other.
 //! 3. `attempt` is new in every commit; finding it on the ancestry is the proof that the commit landed.
-//!
-//! Packed lanes: `partition:end,delta;...` per topic, where delta is the lane's largest event time less the
-//! partition's, in ms, or `-` for none. At most 24 bytes a topic partition up to offsets of 1e12.
+
+mod lane;
 
 use std::collections::BTreeMap;
 
@@ -25,16 +24,29 @@ use uuid::Uuid;
 use crate::counts::Counts;
 use crate::event_time::EventTimeMs;
 use crate::job::Repeats;
+use crate::mutant;
 use crate::offset::{NextOffset, TopicId};
 
+pub use lane::{Backfill, Cursor, Lane, LaneState, Tail};
+use lane::{pack_lane, unpack_lane};
+
 /// Version of the record that this program writes. It reads this and older ones.
-pub const FORMAT_VERSION: u32 = 1;
+///
+/// Version 1 knew no rows of others that count as seen ([`Others`]), no erased keys ([`Suppressed`]) and no
+/// [`Kind::Change`]: a program that reads only version 1 would rebuild the state without them. Version 2 knew one lane: a
+/// program that reads only version 2 would take a backfill's batch for one of the live lane.
+pub const FORMAT_VERSION: u32 = 3;
 /// Table property with the full record.
 pub const PROPERTY: &str = "tidemill.ledger";
 /// Snapshot summary key with the packed record.
 pub const SUMMARY_PACKED: &str = "tidemill.packed";
+/// Snapshot summary key of a commit that goes back to a savepoint: its name.
+pub const SUMMARY_RESTORED: &str = "tidemill.restored";
 /// Name of the lane that follows the topics; backfills get lanes of their own.
 pub const LIVE_LANE: &str = "live";
+
+/// Backfills that are done and that a record still tells of; older ones leave it.
+const LANES_DONE_MAX: usize = 4;
 
 /// One record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -75,12 +87,19 @@ pub struct LedgerRecord {
     pub job_hash: String,
     /// Side tables must go back to this batch before anything else (written by restore and replay).
     pub sides_back_to: Option<u64>,
+    /// The savepoint that `sides_back_to` comes from: side tables have its files again. `None` after a replay, whose letters
+    /// stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored_from: Option<String>,
     /// Dedup state.
     pub dedup: DedupRecord,
     /// Topic ids by topic.
     pub topics: BTreeMap<String, Option<TopicId>>,
     /// Cursors by lane.
     pub lanes: BTreeMap<String, Lane>,
+    /// The backfill that `batch` read; `None` for the live lane.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch_lane: Option<String>,
     /// Outcomes of the last microbatch.
     #[serde(default)]
     pub counts: Counts,
@@ -92,6 +111,68 @@ pub struct LedgerRecord {
     /// Why offsets jumped, if this commit moved them without reading.
     #[serde(default)]
     pub jumps: Vec<Jump>,
+    /// Rows that stood in the table before this ledger, or that others wrote: `None` if there were none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub others: Option<Others>,
+    /// Keys that were erased: every rebuild reads them too. `None` if there never were any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suppressed: Option<Suppressed>,
+    /// Generation that the commit of `batch` named, empty for none, if a later commit named another one for the same batch.
+    /// Side tables know a batch by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch_generation: Option<String>,
+    /// What a commit of kind [`Kind::Change`] did, and who asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub change: Option<Change>,
+    /// Dead letters that are being decoded again, if a command was interrupted at it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requeue: Option<RequeueLane>,
+}
+
+/// The lane of `dead-letters requeue`: letters of one frozen snapshot in the order of their places. It moves no offset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequeueLane {
+    /// Snapshot of the dead-letter table that is read.
+    pub snapshot_id: i64,
+    /// Only letters with this reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The last place that was taken: topic id, topic partition, offset, index.
+    pub after: (Uuid, i32, i64, i32),
+}
+
+/// The table of keys that were erased on purpose and stay seen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suppressed {
+    /// Namespace and name.
+    pub table: String,
+    /// Table UUID.
+    pub uuid: Uuid,
+    /// Rows of the present key that it holds at least.
+    pub rows: u64,
+}
+
+/// Rows of the main table that no microbatch of this ledger wrote: those without a batch number, and those whose number
+/// is at most `batch_max`, with which this ledger began to count.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Others {
+    /// Rows up to this batch number are not ours.
+    pub batch_max: u64,
+    /// Whether their keys count as seen, so that every rebuild reads them too.
+    pub adopted: bool,
+    /// Keys of theirs in the live buckets that no row of ours has. They are counted in `buckets` too, so what is left
+    /// there after taking them off is ours.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub buckets: Vec<BucketRecord>,
+}
+
+/// Why a record differs from its parent without a microbatch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// The command or setting, as the user writes it: `state rekey`.
+    pub by: String,
+    /// What it did, in words.
+    pub what: String,
 }
 
 /// What a commit did.
@@ -110,38 +191,8 @@ pub enum Kind {
     Release,
     /// Offsets moved without reading, for a stated reason.
     Jump,
-}
-
-/// A cursor over topic partitions with a watermark of its own.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Lane {
-    /// Event time held to be complete; never moves back.
-    pub watermark: Option<EventTimeMs>,
-    /// Cursor by topic and topic partition.
-    pub topics: BTreeMap<String, BTreeMap<i32, Cursor>>,
-}
-
-/// How far one topic partition has been read.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Cursor {
-    /// First offset of the last microbatch.
-    pub start: NextOffset,
-    /// Next offset to read.
-    pub end: NextOffset,
-    /// The last record taken, to recognise a log that was cut and written again.
-    #[serde(default)]
-    pub tail: Option<Tail>,
-    /// Largest event time of all records taken.
-    pub max_event_time: Option<EventTimeMs>,
-}
-
-/// The last record taken from a topic partition.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tail {
-    /// Its offset.
-    pub offset: i64,
-    /// Hash of its offset, timestamp, key and payload.
-    pub hash: u64,
+    /// A command made the dedup state anew or set a watermark, as `change` says.
+    Change,
 }
 
 /// Which dedup state belongs to this commit.
@@ -254,13 +305,52 @@ pub enum LedgerError {
 impl LedgerRecord {
     /// The live lane.
     pub fn live(&self) -> &Lane {
-        static EMPTY: Lane = Lane { watermark: None, topics: BTreeMap::new() };
+        static EMPTY: Lane = Lane { watermark: None, topics: BTreeMap::new(), backfill: None };
         self.lanes.get(LIVE_LANE).unwrap_or(&EMPTY)
     }
 
     /// Cursor of one topic partition of the live lane.
     pub fn cursor(&self, topic: &str, partition: i32) -> Option<&Cursor> {
         self.live().topics.get(topic)?.get(&partition)
+    }
+
+    /// Backfills by name, those that are done too.
+    pub fn backfills(&self) -> impl Iterator<Item = (&String, &Lane, &Backfill)> {
+        self.lanes.iter().filter_map(|(name, lane)| Some((name, lane, lane.backfill.as_ref()?)))
+    }
+
+    /// Names of the backfills that are to be served.
+    pub fn active_backfills(&self) -> impl Iterator<Item = &String> {
+        let active = |(_, _, backfill): &(_, _, &Backfill)| backfill.state == LaneState::Active;
+        self.backfills().filter(active).map(|(name, _, _)| name)
+    }
+
+    /// Takes the cursors off backfills that are done, which nothing reads any more. Of those, the last few by name are told
+    /// of; names that this program gives rise with time.
+    pub fn tidy_lanes(&mut self) {
+        let is_done =
+            |lane: &Lane| lane.backfill.as_ref().is_some_and(|known| known.state == LaneState::Done);
+        for lane in self.lanes.values_mut().filter(|lane| is_done(lane)) {
+            lane.topics.clear();
+            lane.backfill.iter_mut().for_each(|backfill| backfill.ends.clear());
+        }
+        let done: Vec<String> =
+            self.lanes.iter().filter(|(_, lane)| is_done(lane)).map(|(name, _)| name.clone()).collect();
+        for name in &done[..done.len().saturating_sub(LANES_DONE_MAX)] {
+            self.lanes.remove(name);
+        }
+    }
+
+    /// The generation by which side tables know `batch`.
+    pub fn batch_generation(&self) -> Option<&str> {
+        let named = self.batch_generation.as_deref().or(self.dedup.generation.as_deref());
+        named.filter(|name| !name.is_empty())
+    }
+
+    /// Whether a state that was begun lacks its generation: adopted rows, or a ledger made again from the table.
+    pub fn lacks_generation(&self) -> bool {
+        self.dedup.generation.is_none()
+            && (self.batch > 0 || self.others.as_ref().is_some_and(|others| others.adopted))
     }
 
     /// Whether a side table still waits for files of `batch`, as far as main's record knows.
@@ -291,8 +381,11 @@ impl LedgerRecord {
             Ok(Value::Object(object)) => object,
             _ => unreachable!("a ledger record serialises to an object"),
         };
-        for left_out in ["counts", "buckets", "jumps"] {
+        for left_out in ["counts", "buckets", "jumps", "change"] {
             packed.remove(left_out);
+        }
+        if let Some(others) = packed.get_mut("others").and_then(Value::as_object_mut) {
+            others.remove("buckets");
         }
         for side in packed["sides"].as_object_mut().into_iter().flat_map(Map::values_mut) {
             side["files"] = Value::Null;
@@ -302,6 +395,25 @@ impl LedgerRecord {
         let mut packed = Value::Object(packed);
         drop_nulls(&mut packed);
         packed.to_string()
+    }
+
+    /// The record as it comes back from its packed form.
+    fn without_what_packing_leaves_out(&self) -> Self {
+        let mut packed = Self {
+            counts: Counts::default(),
+            buckets: Vec::new(),
+            jumps: Vec::new(),
+            change: None,
+            ..self.clone()
+        };
+        packed.others.iter_mut().for_each(|others| others.buckets.clear());
+        packed.sides.values_mut().for_each(|side| side.files = None);
+        for cursor in
+            packed.lanes.values_mut().flat_map(|lane| lane.topics.values_mut()).flat_map(BTreeMap::values_mut)
+        {
+            (cursor.start, cursor.tail) = (cursor.end, None);
+        }
+        packed
     }
 
     /// Reads the full form.
@@ -372,53 +484,8 @@ fn kind_name(kind: Kind) -> &'static str {
         Kind::Renewal => "renewal",
         Kind::Release => "release",
         Kind::Jump => "jump",
+        Kind::Change => "change",
     }
-}
-
-fn pack_lane(lane: &Lane) -> Value {
-    let cursors = lane.topics.values().flat_map(BTreeMap::values);
-    let leader = cursors.filter_map(|cursor| cursor.max_event_time).max();
-    let topics = lane.topics.iter().map(|(topic, partitions)| {
-        let text: Vec<String> = partitions
-            .iter()
-            .map(|(partition, cursor)| match (leader, cursor.max_event_time) {
-                (Some(leader), Some(time)) => format!("{partition}:{},{}", cursor.end, leader.0 - time.0),
-                _ => format!("{partition}:{},-", cursor.end),
-            })
-            .collect();
-        (topic.clone(), Value::String(text.join(";")))
-    });
-    serde_json::json!({
-        "watermark": lane.watermark, "leader": leader, "topics": Value::Object(topics.collect()),
-    })
-}
-
-fn unpack_lane(value: &Value) -> Result<Lane, String> {
-    let watermark = value["watermark"].as_i64().map(EventTimeMs);
-    let leader = value["leader"].as_i64();
-    let mut topics = BTreeMap::new();
-    for (topic, text) in value["topics"].as_object().ok_or("a lane without topics")? {
-        let text = text.as_str().ok_or("topic partitions are not text")?;
-        let mut partitions = BTreeMap::new();
-        for part in text.split(';').filter(|part| !part.is_empty()) {
-            let (partition, cursor) =
-                unpack_cursor(part, leader).ok_or_else(|| format!("bad cursor {part:?}"))?;
-            partitions.insert(partition, cursor);
-        }
-        topics.insert(topic.clone(), partitions);
-    }
-    Ok(Lane { watermark, topics })
-}
-
-fn unpack_cursor(text: &str, leader: Option<i64>) -> Option<(i32, Cursor)> {
-    let (partition, rest) = text.split_once(':')?;
-    let (end, delta) = rest.split_once(',')?;
-    let end = NextOffset::at(end.parse().ok()?);
-    let max_event_time = match delta {
-        "-" => None,
-        delta => Some(EventTimeMs(leader?.checked_sub(delta.parse().ok()?)?)),
-    };
-    Some((partition.parse().ok()?, Cursor { start: end, end, tail: None, max_event_time }))
 }
 
 /// What a table's metadata says about our ledger.
@@ -440,6 +507,17 @@ pub enum Found {
     CutOff(Box<LedgerRecord>),
 }
 
+impl Found {
+    /// The record, whatever else is true of it; of a table that was rolled back, that of its property.
+    pub fn record(&self) -> Option<&LedgerRecord> {
+        match self {
+            Self::Record(record) | Self::CutOff(record) => Some(record),
+            Self::RolledBack { newer, .. } => Some(newer),
+            Self::Nothing => None,
+        }
+    }
+}
+
 /// Reads the ledger: ancestry of the current snapshot first, property second.
 ///
 /// # Errors
@@ -450,7 +528,9 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
     let property = metadata.properties().get(PROPERTY).map(|text| LedgerRecord::from_property(text));
     match (on_ancestry, property) {
         (Ancestry::Record(_), Some(Err(newer @ LedgerError::Newer { .. }))) => Err(newer),
-        (Ancestry::Record(older), Some(Ok(full))) if full.sequence > older.sequence => {
+        (Ancestry::Record(older), Some(Ok(full)))
+            if full.sequence > mutant!("rollback-unseen", u64::MAX => older.sequence) =>
+        {
             Ok(Found::RolledBack { older: Some(older), newer: Box::new(full) })
         }
         (Ancestry::Record(packed), Some(Ok(full))) if is_full_form_of(&full, &packed) => {
@@ -467,19 +547,43 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
 /// Whether a full record says the same as the packed one of the same commit. One that was edited by hand does not, and
 /// the ancestry wins. Both are read by this program, so a record of an older one compares as equal too.
 fn is_full_form_of(full: &LedgerRecord, packed: &LedgerRecord) -> bool {
-    let same = LedgerRecord::from_packed(&full.pack(), 0).is_ok_and(|again| again == *packed);
+    let same = full.without_what_packing_leaves_out() == *packed;
     if !same && full.attempt == packed.attempt {
         tracing::warn!(
             "table property {PROPERTY} was changed by hand; the record of the snapshot is used instead"
         );
     }
-    same
+    mutant!("property-over-ancestry", true => same)
 }
 
 /// Whether a commit of ours landed: it stands on the ancestry, or the ancestry was expired and the property names it.
 pub fn has_landed(metadata: &TableMetadata, attempt: Uuid) -> bool {
+    // A look at the text spares reading a record that can not be it.
+    let names_it = |text: &String| text.contains(&attempt.to_string());
+    let is_cut_off = || matches!(inspect(metadata), Ok(Found::CutOff(record)) if record.attempt == attempt);
     attempt_on_ancestry(metadata, attempt)
-        || matches!(inspect(metadata), Ok(Found::CutOff(record)) if record.attempt == attempt)
+        || metadata.properties().get(PROPERTY).is_some_and(names_it)
+            && mutant!("landed-by-property", true => is_cut_off())
+}
+
+/// Iceberg's sequence number of the snapshot that a commit of ours made. One that was expired counts as just below what
+/// is left: where its place was judged before, everything kept came after it.
+pub fn sequence_number_of(metadata: &TableMetadata, attempt: Uuid) -> i64 {
+    let wanted = attempt.to_string();
+    let is_ours = |snapshot: &&iceberg::spec::SnapshotRef| {
+        snapshot.summary().additional_properties.get("tidemill.attempt") == Some(&wanted)
+    };
+    let oldest = || ancestry(metadata).map(|snapshot| snapshot.sequence_number()).min();
+    match ancestry(metadata).find(is_ours) {
+        Some(snapshot) => snapshot.sequence_number(),
+        None => oldest().map_or(0, |oldest| oldest - 1),
+    }
+}
+
+/// Whether all that is kept of the ancestry came after this sequence number. If not, and our commit of that number is
+/// not on it, then the table was rolled back: expiry takes the oldest first.
+pub fn came_after(metadata: &TableMetadata, sequence_number: i64) -> bool {
+    ancestry(metadata).all(|snapshot| snapshot.sequence_number() > sequence_number)
 }
 
 /// Whether a commit of ours stands on the ancestry of the current snapshot.
@@ -489,14 +593,19 @@ pub fn attempt_on_ancestry(metadata: &TableMetadata, attempt: Uuid) -> bool {
         .any(|snapshot| snapshot.summary().additional_properties.get("tidemill.attempt") == Some(&wanted))
 }
 
-/// Outcomes of microbatches by number, as far as the ancestry is kept.
+/// Outcomes of microbatches by number, as far as the ancestry is kept. Of a batch that was taken again after a restore,
+/// those of the newest; those that a restore took away are left out.
 ///
 /// # Errors
 /// [`LedgerError::Corrupt`] when a summary of ours can not be read.
 pub fn counts_on_ancestry(metadata: &TableMetadata) -> Result<BTreeMap<u64, Counts>, LedgerError> {
-    let mut counts = BTreeMap::new();
+    let (mut counts, mut last) = (BTreeMap::new(), u64::MAX);
     for snapshot in ancestry(metadata) {
         let summary = &snapshot.summary().additional_properties;
+        if summary.contains_key(SUMMARY_RESTORED) {
+            let restored = summary.get("tidemill.batch").and_then(|text| text.parse().ok());
+            last = last.min(restored.unwrap_or(u64::MAX));
+        }
         if summary.get("tidemill.kind").is_none_or(|kind| kind != kind_name(Kind::Data)) {
             continue;
         }
@@ -504,7 +613,10 @@ pub fn counts_on_ancestry(metadata: &TableMetadata) -> Result<BTreeMap<u64, Coun
         let batch = summary.get("tidemill.batch").and_then(|text| text.parse().ok());
         let outcomes = summary.get("tidemill.counts").and_then(|text| serde_json::from_str(text).ok());
         let batch: u64 = batch.ok_or_else(|| broken("no tidemill.batch"))?;
-        counts.insert(batch, outcomes.ok_or_else(|| broken("no tidemill.counts"))?);
+        let outcomes = outcomes.ok_or_else(|| broken("no tidemill.counts"))?;
+        if batch <= last {
+            counts.entry(batch).or_insert(outcomes);
+        }
     }
     Ok(counts)
 }
@@ -543,172 +655,20 @@ fn newest_on_ancestry(metadata: &TableMetadata) -> Result<Ancestry, LedgerError>
             let record = LedgerRecord::from_packed(text, snapshot.snapshot_id())?;
             return Ok(Ancestry::Record(Box::new(record)));
         }
-        complete = snapshot.parent_snapshot_id().is_none();
+        // pyiceberg takes the parent away from a snapshot whose parent it expires; only the first one of a table has
+        // sequence number 1 (0 in format version 1).
+        complete = snapshot.parent_snapshot_id().is_none() && snapshot.sequence_number() <= 1;
     }
     Ok(if complete { Ancestry::Complete } else { Ancestry::CutOff })
 }
 
-/// Snapshots from the current one to the oldest that is kept.
-fn ancestry(metadata: &TableMetadata) -> impl Iterator<Item = &iceberg::spec::SnapshotRef> {
+/// Snapshots from the current one to the oldest that is kept; ends too where a broken catalog lets them go in a circle.
+pub(crate) fn ancestry(metadata: &TableMetadata) -> impl Iterator<Item = &iceberg::spec::SnapshotRef> {
     std::iter::successors(metadata.current_snapshot(), move |snapshot| {
         metadata.snapshot_by_id(snapshot.parent_snapshot_id()?)
     })
+    .take(metadata.snapshots().len())
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    /// A record at batch 4, with one topic partition read to offset 100.
-    pub(crate) fn record() -> LedgerRecord {
-        let cursor = Cursor {
-            start: NextOffset::at(50),
-            end: NextOffset::at(100),
-            tail: Some(Tail { offset: 99, hash: 7 }),
-            max_event_time: Some(EventTimeMs(1_700_000_000_000)),
-        };
-        let behind = Cursor { max_event_time: Some(EventTimeMs(1_699_999_000_000)), ..cursor };
-        let empty = Cursor { max_event_time: None, tail: None, ..cursor };
-        let partitions = BTreeMap::from([(0, cursor), (1, behind), (2, empty)]);
-        let lane = Lane {
-            watermark: Some(EventTimeMs(1_699_999_400_000)),
-            topics: BTreeMap::from([("sent".to_owned(), partitions)]),
-        };
-        LedgerRecord {
-            format: FORMAT_VERSION,
-            job_id: Uuid::from_u128(1),
-            job_name: "n".into(),
-            epoch: 3,
-            owner: Uuid::from_u128(2),
-            lease_until_ms: 1_700_000_900_000,
-            released: true,
-            kind: Kind::Data,
-            sequence: 11,
-            attempt: Uuid::from_u128(3),
-            batch: 4,
-            last_batch_with_rows: 4,
-            cut_time_ms: 1_700_000_000_500,
-            cluster_id: Some("c1".into()),
-            schema_id: 0,
-            spec_id: 0,
-            job_hash: "hash".into(),
-            sides_back_to: None,
-            dedup: DedupRecord {
-                generation: Some("g".into()),
-                checksum: Some("c".into()),
-                seed: u64::MAX,
-                key_spec_hash: "spec".into(),
-                shards: 256,
-                bucket_width_ms: 75_600_000,
-                eras: Vec::new(),
-                repeats: Repeats::AnyTime,
-                floor: Some(EventTimeMs(1_600_000_000_000)),
-                complete_since: None,
-                keys: 50,
-                digest: "0f".into(),
-            },
-            topics: BTreeMap::from([("sent".to_owned(), Some(TopicId(Uuid::from_u128(4))))]),
-            lanes: BTreeMap::from([(LIVE_LANE.to_owned(), lane)]),
-            counts: Counts { consumed: 50, written: 50, ..Counts::default() },
-            sides: BTreeMap::new(),
-            buckets: vec![BucketRecord { from: 0, to: 1, count: 50, digest: "00".into() }],
-            jumps: Vec::new(),
-        }
-    }
-
-    #[test]
-    fn the_full_form_comes_back_as_it_was() {
-        let record = record();
-        assert_eq!(LedgerRecord::from_property(&record.to_property()).unwrap(), record);
-    }
-
-    #[test]
-    fn both_forms_carry_the_widths_of_earlier_buckets_and_from_when_the_state_is_complete() {
-        let mut record = record();
-        assert!(!record.pack().contains("eras"), "a width that never changed takes no room");
-        record.dedup.eras =
-            vec![EraRecord { until: EventTimeMs(1_650_000_000_000), bucket_width_ms: 3_600_000 }];
-        record.dedup.complete_since = Some(EventTimeMs(1_640_000_000_000));
-        let full = LedgerRecord::from_property(&record.to_property()).unwrap();
-        let packed = LedgerRecord::from_packed(&record.pack(), 1).unwrap();
-        assert_eq!((&full.dedup, &packed.dedup), (&record.dedup, &record.dedup));
-    }
-
-    #[test]
-    fn the_packed_form_is_enough_to_resume() {
-        let record = record();
-        let summary = record.to_summary();
-        let unpacked = LedgerRecord::from_packed(&summary[SUMMARY_PACKED], 1).unwrap();
-        let mut expected = record;
-        for cursor in expected.lanes.get_mut(LIVE_LANE).unwrap().topics.get_mut("sent").unwrap().values_mut()
-        {
-            (cursor.start, cursor.tail) = (cursor.end, None);
-        }
-        (expected.counts, expected.buckets) = (Counts::default(), Vec::new());
-        assert_eq!(unpacked, expected);
-    }
-
-    #[test]
-    fn a_property_that_was_edited_by_hand_is_not_the_full_form_of_its_commit() {
-        let record = record();
-        let packed = LedgerRecord::from_packed(&record.pack(), 1).unwrap();
-        assert!(is_full_form_of(&record, &packed));
-        let mut edited = record;
-        let cursors = edited.lanes.get_mut(LIVE_LANE).unwrap().topics.get_mut("sent").unwrap();
-        cursors.get_mut(&0).unwrap().end = NextOffset::at(150);
-        assert!(!is_full_form_of(&edited, &packed));
-    }
-
-    #[test]
-    fn the_packed_form_keeps_to_its_size() {
-        let mut record = record();
-        record.dedup.generation = Some("e0000000012-b0000003456-0199aaaa-bbbb-7ccc-8ddd-eeeeffff0000".into());
-        (record.dedup.checksum, record.dedup.key_spec_hash) = (Some("0".repeat(32)), "1".repeat(32));
-        (record.job_hash, record.dedup.digest) = ("2".repeat(32), "3".repeat(32));
-        (record.job_name, record.cluster_id) =
-            ("notifications".into(), Some("4L6g3nShT-eMCtK--X86sw".into()));
-        let partitions = &mut record.lanes.get_mut(LIVE_LANE).unwrap().topics;
-        let cursor = Cursor {
-            start: NextOffset::at(0),
-            end: NextOffset::at(999_999_999_999),
-            tail: None,
-            max_event_time: Some(EventTimeMs(1_700_000_000_000)),
-        };
-        let trailing = Cursor { max_event_time: Some(EventTimeMs(1_699_900_000_000)), ..cursor };
-        partitions.clear();
-        partitions
-            .insert("sent".into(), (0..100).map(|p| (p, if p == 0 { cursor } else { trailing })).collect());
-        let hundred = record.to_summary()[SUMMARY_PACKED].len();
-        assert!(hundred < 4096, "{hundred} bytes for 100 topic partitions");
-        let partitions = &mut record.lanes.get_mut(LIVE_LANE).unwrap().topics;
-        partitions
-            .insert("sent".into(), (0..200).map(|p| (p, if p == 0 { cursor } else { trailing })).collect());
-        let two_hundred = record.to_summary()[SUMMARY_PACKED].len();
-        let each = (two_hundred - hundred) as f64 / 100.0;
-        assert!(each <= 28.0, "{each} bytes for each further topic partition with offsets near 1e12");
-    }
-
-    #[test]
-    fn a_newer_record_is_refused_by_name_before_anything_is_read_from_it() {
-        let error = LedgerRecord::from_property(r#"{"format": 2, "everything": "else"}"#).unwrap_err();
-        assert_eq!(error.to_string(), "ledger format 2 is newer than 1, the newest that this program reads");
-    }
-
-    #[test]
-    fn a_broken_record_says_where_it_stands() {
-        let huge = record().to_property().replace("\"epoch\":3", "\"epoch\":18446744073709551615");
-        for text in ["", "[]", "{}", r#"{"format":1}"#, huge.as_str()] {
-            let error = LedgerRecord::from_property(text).unwrap_err();
-            assert!(
-                error.to_string().starts_with("ledger record in table property tidemill.ledger"),
-                "{error}"
-            );
-        }
-    }
-
-    #[test]
-    fn the_golden_record_of_format_1_is_read() {
-        let text = include_str!("../../fixtures/ledger-1.json");
-        assert_eq!(LedgerRecord::from_property(text).unwrap(), record());
-    }
-}
+pub(crate) mod tests;

@@ -8,12 +8,15 @@
 //!
 //! The lock guards nothing in the table: the epoch does.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use uuid::Uuid;
+
+use crate::mutant;
 
 /// Owners that the file remembers.
 const OWNERS_MAX: usize = 64;
@@ -38,6 +41,14 @@ pub enum LockError {
         /// Owner in the last line of the file.
         owner: Option<Uuid>,
     },
+    /// The folder is another user's, or others may write to it.
+    #[error("state folder {folder} {problem}")]
+    NotOurs {
+        /// The folder.
+        folder: PathBuf,
+        /// Whose it is, or who may write.
+        problem: String,
+    },
     /// The folder or file can not be made, read or written.
     #[error("lock file {path} can not be used")]
     Io {
@@ -57,12 +68,16 @@ impl StateLock {
         let path = folder.join("lock");
         let io = |source| LockError::Io { path: path.clone(), source };
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(io)?;
+        refuse_others(folder, &std::fs::metadata(folder).map_err(io)?)?;
+        crate::crash_point!("lock_folder_made");
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o600)
+            // The file is written in place: a link there would be written through.
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
             .open(&path)
             .map_err(io)?;
         let held = match file.try_lock() {
@@ -77,12 +92,13 @@ impl StateLock {
             let owner = owners.last().map(|&(owner, _)| owner);
             return Err(LockError::Held { folder: folder.to_owned(), owner });
         }
+        crate::crash_point!("lock_taken");
         Ok(Self { file, path, owners })
     }
 
     /// Whether an owner held this lock before us and so, the lock being ours, is dead.
     pub fn knows_as_dead(&self, owner: Uuid) -> bool {
-        self.owners.iter().any(|&(known, _)| known == owner)
+        self.owners.iter().any(|&(known, _)| mutant!("every-owner-is-dead", true => known == owner))
     }
 
     /// The largest epoch that an owner of this folder meant to take.
@@ -102,11 +118,29 @@ impl StateLock {
         let mut write = || {
             self.file.seek(SeekFrom::Start(0))?;
             self.file.write_all(text.as_bytes())?;
+            crate::crash_point!("lock_line_written");
             self.file.set_len(text.len() as u64)?;
-            self.file.sync_all()
+            mutant!("skip-lock-sync", Ok(()) => self.file.sync_all())
         };
-        write().map_err(|source| LockError::Io { path: self.path.clone(), source })
+        write().map_err(|source| LockError::Io { path: self.path.clone(), source })?;
+        crate::crash_point!("lock_line_synced");
+        Ok(())
     }
+}
+
+/// What is read from the folder is believed, and what is written there belongs to who runs: so it is one user's.
+fn refuse_others(folder: &Path, metadata: &Metadata) -> Result<(), LockError> {
+    let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    let problem = if owner != user {
+        format!(
+            "belongs to user {owner}, and this process runs as user {user}; run it as its owner, or give it away (chown -R)"
+        )
+    } else if metadata.mode() & 0o022 != 0 {
+        format!("has mode {:o}: others may write to it; take that away (chmod go-w)", metadata.mode() & 0o777)
+    } else {
+        return Ok(());
+    };
+    Err(LockError::NotOurs { folder: folder.to_owned(), problem })
 }
 
 fn parse_line(line: &str) -> Option<(Uuid, u64)> {
@@ -140,6 +174,22 @@ mod tests {
         assert!(third.knows_as_dead(first) && third.knows_as_dead(second));
         assert!(!third.knows_as_dead(Uuid::new_v4()));
         assert_eq!(third.epoch_max(), 2);
+    }
+
+    #[test]
+    fn a_folder_that_others_may_write_to_and_a_link_in_the_place_of_the_file_are_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let set_mode =
+            |mode| std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+        set_mode(0o777);
+        assert!(matches!(StateLock::acquire(folder.path()), Err(LockError::NotOurs { .. })));
+        set_mode(0o755);
+        let victim = folder.path().join("victim");
+        std::fs::write(&victim, "untouched").unwrap();
+        std::os::unix::fs::symlink(&victim, folder.path().join("lock")).unwrap();
+        assert!(matches!(StateLock::acquire(folder.path()), Err(LockError::Io { .. })));
+        assert_eq!(std::fs::read_to_string(victim).unwrap(), "untouched");
     }
 
     #[test]

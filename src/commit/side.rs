@@ -1,25 +1,59 @@
-//! Side tables follow main (R10): each receives the files that main's record names, once, by its own compare-and-swap.
-//!
-//! Flow: main's record of microbatch n -> [`bring_forward`] -> side snapshot with a mark (epoch, batch n)
-//!
-//! Invariants
-//! 1. A side table takes the files of n only if its mark says less than n; its mark then says n. So files land once.
-//! 2. A mark above main's batch, or at the same number with another generation, means that main was rolled back;
-//!    nothing is written.
-//! 3. A table is claimed by its first owner, with a mark and no files, before any letter: two jobs never share one.
-//!
-//! A crash between main n and side n leaves a mark below n: the next start brings it forward from main's record.
+//! The mark of a side table: how far it has followed main. `protocol/side.rs` moves it.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
-use iceberg::spec::{DataFile, TableMetadata};
-use iceberg::{Catalog, TableIdent};
+use iceberg::spec::TableMetadata;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::ledger::LedgerError;
-use super::switch::{Switch, SwitchError, reload, switch};
+use super::ledger::{LedgerError, ancestry};
+use super::switch::SwitchError;
+
+/// What a side table is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Refused rows. A letter stands once per place, so those that are read again are known.
+    DeadLetters,
+    /// Late rows, and rows that nothing proves to be new. Main and this table hold each key once, but for the latter.
+    Late,
+}
+
+impl Role {
+    /// Every role.
+    pub const ALL: [Role; 2] = [Self::DeadLetters, Self::Late];
+
+    /// As the ledger and the mark name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DeadLetters => "dead_letters",
+            Self::Late => "late",
+        }
+    }
+
+    /// The role of this name.
+    pub fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.name() == name)
+    }
+
+    /// The table, in prose.
+    pub fn table_in_words(self) -> &'static str {
+        match self {
+            Self::DeadLetters => "dead-letter table",
+            Self::Late => "late table",
+        }
+    }
+
+    /// Field of the job file that names the table.
+    pub fn setting(self) -> &'static str {
+        match self {
+            Self::DeadLetters => "sink.iceberg.dead_letters.table",
+            Self::Late => "sink.iceberg.late.table",
+        }
+    }
+
+    /// Whether the dedup state is made of its rows too, so that none may stand there but what main's ledger knows.
+    pub fn holds_keys(self) -> bool {
+        self == Self::Late
+    }
+}
 
 /// Table property and summary key of a side table's mark.
 pub const MARK: &str = "tidemill.side";
@@ -60,15 +94,6 @@ impl SideMark {
     }
 }
 
-/// What became of a side table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Followed {
-    /// The table has the files since before.
-    Already,
-    /// The table received the files now.
-    Now,
-}
-
 /// Why a side table could not follow.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -101,6 +126,14 @@ pub enum SideError {
         /// Why.
         source: LedgerError,
     },
+    /// Main went back to a batch, and no snapshot of the table from then is kept.
+    #[error("side table {table} keeps no snapshot of batch {batch}, to which main went back")]
+    NotRestorable {
+        /// The side table.
+        table: String,
+        /// Main's batch.
+        batch: u64,
+    },
     /// The commit did not land.
     #[error("side table {table} could not follow")]
     Switch {
@@ -116,12 +149,59 @@ pub enum SideError {
 /// # Errors
 /// [`LedgerError`] when the mark is newer than this program or broken.
 pub fn inspect(metadata: &TableMetadata) -> Result<Option<SideMark>, LedgerError> {
-    let on_ancestry = std::iter::successors(metadata.current_snapshot(), |snapshot| {
-        metadata.snapshot_by_id(snapshot.parent_snapshot_id()?)
-    })
-    .find_map(|snapshot| snapshot.summary().additional_properties.get(MARK));
+    let on_ancestry =
+        ancestry(metadata).find_map(|snapshot| snapshot.summary().additional_properties.get(MARK));
     let Some(text) = on_ancestry.or_else(|| metadata.properties().get(MARK)) else { return Ok(None) };
     parse(text).map(Some)
+}
+
+/// Batch that the text of a mark names, where it can be read.
+pub fn batch_in(text: &str) -> Option<u64> {
+    parse(text).ok().map(|mark| mark.batch)
+}
+
+/// The newest mark of one job, whoever marked the table since; the outer `None` if it may have been expired.
+pub fn newest_of(metadata: &TableMetadata, job_id: Uuid) -> Option<Option<SideMark>> {
+    let mut is_whole = true;
+    for snapshot in ancestry(metadata) {
+        let mark = snapshot.summary().additional_properties.get(MARK).map(|text| parse(text));
+        match mark {
+            Some(Ok(mark)) if mark.job_id == job_id => return Some(Some(mark)),
+            Some(Err(_)) => return None,
+            _ => is_whole = snapshot.parent_snapshot_id().is_none(),
+        }
+    }
+    is_whole.then_some(None)
+}
+
+/// The newest snapshot on the ancestry with which a side table was as main at this batch wants it: the last that followed
+/// this batch or one before, or, if the table joined the job after it, the one with which it joined, which has no files.
+/// `None` if it is not kept any more.
+pub fn snapshot_of(
+    metadata: &TableMetadata,
+    job_id: Uuid,
+    batch: u64,
+    generation: Option<&str>,
+) -> Option<i64> {
+    let mut joined = None;
+    for snapshot in ancestry(metadata) {
+        let text = snapshot.summary().additional_properties.get(MARK);
+        match text.map(|text| parse(text)) {
+            Some(Ok(mark)) if mark.job_id == job_id => {
+                if mark.fits(batch, generation) {
+                    return Some(snapshot.snapshot_id());
+                }
+                joined = Some(snapshot.snapshot_id());
+            }
+            Some(Err(_)) => return None,
+            _ => {}
+        }
+        let is_first = snapshot.parent_snapshot_id().is_none() && snapshot.sequence_number() <= 1;
+        if is_first {
+            return joined;
+        }
+    }
+    None
 }
 
 fn parse(text: &str) -> Result<SideMark, LedgerError> {
@@ -132,83 +212,6 @@ fn parse(text: &str) -> Result<SideMark, LedgerError> {
         Some(found) if found > u64::from(FORMAT_VERSION) => Err(LedgerError::Newer { found }),
         _ => serde_json::from_value(value).map_err(corrupt),
     }
-}
-
-/// Gives a side table the files of `mark.batch`, unless it has them.
-///
-/// # Errors
-/// [`SideError`]; after an unknown outcome the next start asks again, and invariant 1 keeps the files from landing twice.
-pub async fn bring_forward(
-    catalog: &Arc<dyn Catalog>,
-    table: &TableIdent,
-    table_uuid: Uuid,
-    mark: &SideMark,
-    files: Vec<DataFile>,
-) -> Result<Followed, SideError> {
-    let name = table.to_string();
-    let failed = |source| SideError::Switch { table: name.clone(), source };
-    let head = reload(catalog, table)
-        .await
-        .map_err(|source| failed(SwitchError::Away { table: name.clone(), sent: false, source }))?;
-    let found = inspect(head.metadata()).map_err(|source| SideError::Mark { table: name.clone(), source })?;
-    match &found {
-        Some(other) if other.job_id != mark.job_id => {
-            let (found, expected) = (other.job_id, mark.job_id);
-            return Err(SideError::OtherJob { table: name, found, expected });
-        }
-        Some(ahead) if !ahead.fits(mark.batch, mark.generation.as_deref()) => {
-            return Err(SideError::Ahead { table: name, side: ahead.batch, main: mark.batch });
-        }
-        Some(same) if same.batch == mark.batch => return Ok(Followed::Already),
-        _ => {}
-    }
-    put(catalog, table, table_uuid, mark, &found, files).await.map(|()| Followed::Now)
-}
-
-/// Marks a side table for its job, whatever it followed before, if its mark still is `found`.
-///
-/// # Errors
-/// [`SideError`], as [`bring_forward`].
-pub async fn claim(
-    catalog: &Arc<dyn Catalog>,
-    table: &TableIdent,
-    table_uuid: Uuid,
-    mark: &SideMark,
-    found: &Option<SideMark>,
-) -> Result<(), SideError> {
-    put(catalog, table, table_uuid, mark, found, Vec::new()).await
-}
-
-async fn put(
-    catalog: &Arc<dyn Catalog>,
-    table: &TableIdent,
-    table_uuid: Uuid,
-    mark: &SideMark,
-    found: &Option<SideMark>,
-    files: Vec<DataFile>,
-) -> Result<(), SideError> {
-    let text = serde_json::to_string(mark).expect("a mark is text and numbers");
-    let attempt = Uuid::now_v7();
-    let guard = |metadata: &TableMetadata| match inspect(metadata) {
-        Ok(now) if now == *found => Ok(()),
-        Ok(now) => Err(format!("its mark is {now:?} where {found:?} was inspected")),
-        Err(error) => Err(error.to_string()),
-    };
-    let request = Switch {
-        catalog,
-        table: table.clone(),
-        table_uuid,
-        attempt,
-        files,
-        summary: BTreeMap::from([
-            (MARK.to_owned(), text.clone()),
-            ("tidemill.attempt".to_owned(), attempt.to_string()),
-        ]),
-        properties: BTreeMap::from([(MARK.to_owned(), text)]),
-        guard: &guard,
-    };
-    let landed = switch(request, &|| {}).await;
-    landed.map(|_| ()).map_err(|source| SideError::Switch { table: table.to_string(), source })
 }
 
 #[cfg(test)]

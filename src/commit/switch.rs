@@ -1,20 +1,15 @@
-//! One compare-and-swap on a head that was inspected, and its outcome as a fact.
+//! The catalog's side of a switch: one request onto a head that was judged, and a patient look at the table.
 //!
-//! Flow: [`Switch`] -> guard on the head that is asserted -> one request -> reload -> [`Landed`] or a named error
+//! `protocol/switch.rs` decides when to send and what an answer means.
 //!
 //! Invariants
-//! 1. A [`Switch`] is sent only onto a head that its guard accepts; the transaction asserts that very head.
-//! 2. The catalog is asked at most once per attempt at sending: no layer below may repeat a request that could have
-//!    landed. `Transaction::commit` would (crates differ in what they call retryable), so the wrapper refuses.
-//! 3. Success is what a reload shows: the switch's own attempt id on the ancestry. The catalog's answer decides nothing.
-//! 4. Nothing is ever deleted here.
+//! 1. The transaction asserts the head that it is given, or nothing is sent.
+//! 2. The catalog is asked at most once: no layer below may repeat a request that could have landed.
+//!    `Transaction::commit` would (crates differ in what they call retryable), so the wrapper refuses.
 //!
-//! An answer that is not a success leaves the request possibly in flight. Sending the same files again on a newer head
-//! is still safe: both requests assert a head, the first to land moves it, the other fails.
-//!
-//! Bounds: [`SENDS_MAX`] requests, each followed by a reload with [`RELOADS_MAX`] tries.
+//! Bounds: one request; [`RELOADS_MAX`] tries of a look.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,49 +23,12 @@ use iceberg::transaction::{ApplyTransactionAction, Transaction};
 use iceberg::{Catalog, Error, ErrorKind, Namespace, NamespaceIdent, TableCommit, TableCreation, TableIdent};
 use uuid::Uuid;
 
-use super::ledger;
-use crate::catalog;
-use crate::stop::Reason;
+use super::upkeep::{Upkeep, with_files_of};
+use crate::mutant;
+use crate::protocol::{Answer, Request};
 
-/// Requests for one switch before its outcome is reported as unknown or refused.
-pub const SENDS_MAX: u32 = 12;
 /// Tries to read a table before the catalog counts as away.
 pub const RELOADS_MAX: usize = 8;
-/// iceberg refuses a snapshot more than 60 s older than the table's last update; this much less is waited out.
-const CLOCK_BEHIND_MS_MAX: i64 = 50_000;
-/// Longest wait for a clock that was set back.
-const CLOCK_WAIT_MAX: Duration = Duration::from_secs(300);
-
-/// Judges the head that a switch would be put on; an error says what stands there instead.
-pub type Guard<'a> = dyn Fn(&TableMetadata) -> Result<(), String> + Send + Sync + 'a;
-
-/// Everything that one commit writes.
-pub struct Switch<'a> {
-    /// The catalog.
-    pub catalog: &'a Arc<dyn Catalog>,
-    /// The table.
-    pub table: TableIdent,
-    /// UUID that the table must still have.
-    pub table_uuid: Uuid,
-    /// Identity of this commit; stands in `summary` under `tidemill.attempt`.
-    pub attempt: Uuid,
-    /// Data files to append; may be empty.
-    pub files: Vec<DataFile>,
-    /// Snapshot summary.
-    pub summary: BTreeMap<String, String>,
-    /// Table properties.
-    pub properties: BTreeMap<String, String>,
-    /// What the head must be.
-    pub guard: &'a Guard<'a>,
-}
-
-/// A switch that is on the ancestry of the table's current snapshot.
-pub struct Landed {
-    /// The table as reloaded.
-    pub table: Table,
-    /// Requests that were sent.
-    pub sends: u32,
-}
 
 /// Why a switch did not land. One variant per way the caller must react.
 #[derive(Debug, thiserror::Error)]
@@ -137,122 +95,6 @@ pub enum SwitchError {
     },
 }
 
-/// Sends a switch until a reload shows what became of it.
-///
-/// # Errors
-/// [`SwitchError`]. After `Away { sent: true }` and `Refused` the commit may still land: delete nothing.
-pub async fn switch(switch: Switch<'_>, sending: &(dyn Fn() + Send + Sync)) -> Result<Landed, SwitchError> {
-    let name = switch.table.to_string();
-    let (mut sends, mut definite) = (0, true);
-    let mut table = reload(switch.catalog, &switch.table).await.map_err(|source| SwitchError::Away {
-        table: name.clone(),
-        sent: false,
-        source,
-    })?;
-    loop {
-        if let Some(landed) = settled(&switch, &table, sends)? {
-            return Ok(landed);
-        }
-        check_files(&switch, &table, sends).await?;
-        wait_for_clock(&name, &table).await?;
-        sending();
-        let answer = send_once(&switch, &table).await;
-        let (error, sent) = match answer {
-            Ok(()) => (None, true),
-            Err((error, sent)) => (Some(error), sent),
-        };
-        sends += u32::from(sent);
-        definite &= error.as_ref().is_some_and(is_definite);
-        if let Some(error) = &error {
-            tracing::warn!(table = %name, sends, sent, %error, "commit was not answered with a success, reading back");
-        }
-        table = reload(switch.catalog, &switch.table).await.map_err(|source| SwitchError::Away {
-            table: name.clone(),
-            sent: sends > 0,
-            source,
-        })?;
-        if let Some(landed) = settled(&switch, &table, sends)? {
-            return Ok(landed);
-        }
-        let error = error.unwrap_or_else(|| {
-            Error::new(
-                ErrorKind::Unexpected,
-                "the catalog reported success, and the table does not show the commit",
-            )
-        });
-        if sends >= SENDS_MAX || !sent || definite {
-            return Err(SwitchError::Refused { table: name, sends, definite, source: Box::new(error) });
-        }
-        // The reload above is the condition; the pause keeps two writers from marching in step.
-        tokio::time::sleep(resend_pause(sends)).await;
-    }
-}
-
-/// Whether an answer says that the request was refused and not done (R7): no principal, no permission, no such thing.
-fn is_definite(error: &Error) -> bool {
-    matches!(catalog::reason_of(error), Reason::NotAuthorized | Reason::Usage)
-}
-
-/// Landed, still to be sent (`None`), or an error that says why it must not be sent.
-fn settled(switch: &Switch<'_>, table: &Table, sends: u32) -> Result<Option<Landed>, SwitchError> {
-    let metadata = table.metadata();
-    let name = || switch.table.to_string();
-    if metadata.uuid() != switch.table_uuid {
-        let (expected, found) = (switch.table_uuid, metadata.uuid());
-        return Err(SwitchError::Replaced { table: name(), expected, found });
-    }
-    if ledger::has_landed(metadata, switch.attempt) {
-        return Ok(Some(Landed { table: table.clone(), sends }));
-    }
-    match (switch.guard)(metadata) {
-        Ok(()) => Ok(None),
-        Err(found) => Err(SwitchError::Moved { table: name(), found, metadata: Box::new(metadata.clone()) }),
-    }
-}
-
-/// Files may have been removed by an orphan clean-up between two sends.
-async fn check_files(switch: &Switch<'_>, table: &Table, sends: u32) -> Result<(), SwitchError> {
-    if sends == 0 {
-        return Ok(());
-    }
-    let mut gone = Vec::new();
-    for file in &switch.files {
-        let exists = match table.file_io().new_input(file.file_path()) {
-            Ok(input) => input.exists().await,
-            Err(error) => Err(error),
-        };
-        match exists {
-            Ok(true) => {}
-            Ok(false) => gone.push(file.file_path().to_owned()),
-            Err(source) => {
-                let table = switch.table.to_string();
-                return Err(SwitchError::Away { table, sent: true, source: Box::new(source) });
-            }
-        }
-    }
-    match gone.first() {
-        None => Ok(()),
-        Some(first) => Err(SwitchError::FilesGone { count: gone.len(), first: first.clone() }),
-    }
-}
-
-async fn wait_for_clock(name: &str, table: &Table) -> Result<(), SwitchError> {
-    let begun = std::time::Instant::now();
-    loop {
-        let behind_ms = table.metadata().last_updated_ms() - chrono::Utc::now().timestamp_millis();
-        if behind_ms <= CLOCK_BEHIND_MS_MAX {
-            return Ok(());
-        }
-        if begun.elapsed() > CLOCK_WAIT_MAX {
-            return Err(SwitchError::ClockBehind { table: name.to_owned(), behind_ms });
-        }
-        tracing::warn!(table = name, behind_ms, "clock is behind the table's last update, waiting for it");
-        let wait_ms = (behind_ms - CLOCK_BEHIND_MS_MAX).clamp(100, 10_000);
-        // Until this machine's clock has caught up, which the loop looks at again.
-        tokio::time::sleep(Duration::from_millis(wait_ms.unsigned_abs())).await;
-    }
-}
-
 /// Reads a table with patience: transport errors are tried again, "not found" is an answer.
 ///
 /// # Errors
@@ -275,57 +117,112 @@ pub async fn reload(catalog: &Arc<dyn Catalog>, table: &TableIdent) -> Result<Ta
         .map_err(Box::new)
 }
 
-/// 0.2 s, doubled with each send, and up to as much again at random so that two writers do not march in step.
-fn resend_pause(sends: u32) -> Duration {
-    let base = Duration::from_millis(100) * 2u32.pow(sends.min(6));
-    base + base.mul_f64(rand::random::<f64>())
-}
-
-/// The error, and whether the request had left.
-async fn send_once(switch: &Switch<'_>, table: &Table) -> Result<(), (Error, bool)> {
-    let one_shot = OneShot {
-        inner: Arc::clone(switch.catalog),
-        guard: switch.guard,
-        attempt: switch.attempt,
-        sent: AtomicBool::new(false),
-    };
-    let result = build(switch, table).map(|transaction| transaction.commit(&one_shot));
-    let result = match result {
-        Ok(commit) => commit.await,
+/// Sends one request, once, that asserts `head`.
+pub(crate) async fn send(catalog: &Arc<dyn Catalog>, head: &Table, request: &Request<DataFile>) -> Answer {
+    let (upkeep, back_to) = (request.upkeep.as_ref(), request.back_to);
+    let one_shot = OneShot { upkeep, back_to, ..OneShot::new(catalog, head) };
+    let result = match build(head, request) {
+        Ok(transaction) => transaction.commit(&one_shot).await,
         Err(error) => Err(error),
     };
-    result.map(|_| ()).map_err(|error| (error, one_shot.sent.load(Ordering::SeqCst)))
+    match result {
+        Ok(_) => Answer::Done,
+        Err(error) if one_shot.sent.load(Ordering::SeqCst) => Answer::Failed(error),
+        Err(_) if one_shot.moved.load(Ordering::SeqCst) => Answer::HeadMoved,
+        Err(error) => Answer::NotSent(error),
+    }
 }
 
-fn build(switch: &Switch<'_>, table: &Table) -> Result<Transaction, Error> {
-    let transaction = Transaction::new(table);
+fn build(head: &Table, request: &Request<DataFile>) -> Result<Transaction, Error> {
+    let mut transaction = Transaction::new(head);
+    if let Some(upkeep) = &request.upkeep {
+        transaction = upkeep.expire(transaction, head.metadata())?;
+    }
     let append = transaction
         .fast_append()
         .with_check_duplicate(false)
-        .add_data_files(switch.files.iter().cloned())
-        .set_snapshot_properties(switch.summary.clone().into_iter().collect());
+        .add_data_files(request.files.iter().cloned())
+        .set_snapshot_properties(request.summary.clone().into_iter().collect());
     let transaction = append.apply(transaction)?;
-    if switch.properties.is_empty() {
+    if request.properties.is_empty() {
         return Ok(transaction);
     }
     let mut update = transaction.update_table_properties();
-    for (key, value) in &switch.properties {
+    for (key, value) in &request.properties {
         update = update.set(key.clone(), value.clone());
+    }
+    for key in &request.properties_removed {
+        update = update.remove(key.clone());
     }
     update.apply(transaction)
 }
 
-/// A catalog for one request: judges the head that the transaction loads, and lets a second request through never.
+/// Sets a property of a table and nothing else, for a request to its owner (R9). It moves no snapshot, so it comes between
+/// nobody and a head. Sent until a reload shows it: one that was taken up and removed before that reload is sent again.
+///
+/// # Errors
+/// [`SwitchError::Replaced`], [`SwitchError::Away`]; [`SwitchError::Refused`] after [`RELOADS_MAX`] requests.
+pub(crate) async fn set_property(
+    catalog: &Arc<dyn Catalog>,
+    table: &TableIdent,
+    table_uuid: Uuid,
+    (name, text): &(String, String),
+) -> Result<(), SwitchError> {
+    let mut sends = 0;
+    loop {
+        let away = |source| SwitchError::Away { table: table.to_string(), sent: false, source };
+        let head = reload(catalog, table).await.map_err(away)?;
+        let found = head.metadata().uuid();
+        if found != table_uuid {
+            return Err(SwitchError::Replaced { table: table.to_string(), expected: table_uuid, found });
+        }
+        if head.metadata().properties().get(name) == Some(text) {
+            return Ok(());
+        }
+        let transaction = Transaction::new(&head);
+        let update = transaction.update_table_properties().set(name.clone(), text.clone());
+        let sent = match update.apply(transaction) {
+            Ok(transaction) => transaction.commit(&OneShot::new(catalog, &head)).await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = sent else { return Ok(()) };
+        sends += 1;
+        if sends as usize >= RELOADS_MAX {
+            let (table, source) = (table.to_string(), Box::new(error));
+            return Err(SwitchError::Refused { table, sends, definite: false, source });
+        }
+        tokio::time::sleep(Duration::from_millis(200) * sends).await;
+    }
+}
+
+/// A catalog for one request: shows the transaction the head that was judged or none, and lets a second request through
+/// never.
 struct OneShot<'a> {
     inner: Arc<dyn Catalog>,
-    guard: &'a Guard<'a>,
-    attempt: Uuid,
+    head: &'a Table,
+    upkeep: Option<&'a Upkeep>,
+    back_to: Option<i64>,
+    /// Whether the head was another one when the transaction loaded it.
+    moved: AtomicBool,
     sent: AtomicBool,
+}
+
+impl<'a> OneShot<'a> {
+    fn new(catalog: &Arc<dyn Catalog>, head: &'a Table) -> Self {
+        Self {
+            inner: Arc::clone(catalog),
+            head,
+            upkeep: None,
+            back_to: None,
+            moved: AtomicBool::new(false),
+            sent: AtomicBool::new(false),
+        }
+    }
 }
 
 impl fmt::Debug for OneShot<'_> {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.debug_struct("OneShot").field("attempt", &self.attempt).finish_non_exhaustive()
+        out.debug_struct("OneShot").field("head", &self.head.metadata_location()).finish_non_exhaustive()
     }
 }
 
@@ -340,15 +237,29 @@ impl Catalog for OneShot<'_> {
             return Err(refuse("a request that may have landed is not repeated"));
         }
         let table = self.inner.load_table(table).await.map_err(|error| error.with_retryable(false))?;
-        (self.guard)(table.metadata()).map_err(refuse)?;
-        Ok(table)
+        if mutant!("judged-head-not-asserted", false => table.metadata() != self.head.metadata()) {
+            self.moved.store(true, Ordering::SeqCst);
+            return Err(refuse("the head is not the one that was judged"));
+        }
+        match (self.back_to, self.upkeep) {
+            (Some(snapshot_id), _) => with_files_of(&table, snapshot_id),
+            (None, Some(upkeep)) => upkeep.show(&table),
+            (None, None) => Ok(table),
+        }
     }
 
     async fn update_table(&self, commit: TableCommit) -> iceberg::Result<Table> {
         if self.sent.swap(true, Ordering::SeqCst) {
             return Err(refuse("a request that may have landed is not repeated"));
         }
-        self.inner.update_table(commit).await.map_err(|error| error.with_retryable(false))
+        crate::crash_point!("request_to_send");
+        let answer = match self.upkeep.and_then(|upkeep| upkeep.beyond.as_ref()) {
+            Some(beyond) => beyond.send(self.head, commit).await,
+            None => self.inner.update_table(commit).await,
+        };
+        crate::crash_point!("request_answered");
+        let once = |error: Error| mutant!("repeated-below-the-switch", error => error.with_retryable(false));
+        answer.map_err(once)
     }
 
     async fn list_namespaces(&self, parent: Option<&NamespaceIdent>) -> iceberg::Result<Vec<NamespaceIdent>> {

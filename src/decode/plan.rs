@@ -9,7 +9,8 @@ use arrow::datatypes::{DataType, Field};
 use iceberg::spec::{PrimitiveType, Type};
 
 use super::DecodeSetupError;
-use super::value::DECIMAL_DIGITS_MAX;
+use super::scan::Name;
+use super::value::{DECIMAL_DIGITS_MAX, unit_micros};
 use crate::job::{Column, ColumnSource, Decode, METADATA_COLUMNS, UNKNOWN_FIELDS_COLUMN, UnknownFields};
 
 /// Longest path of a column, in members. Far below the depth at which serde_json stops (127), so that its own limit
@@ -17,8 +18,12 @@ use crate::job::{Column, ColumnSource, Decode, METADATA_COLUMNS, UNKNOWN_FIELDS_
 pub(super) const PATH_MEMBERS_MAX: usize = 32;
 /// Longest value of a `fixed` column: a null costs as many bytes as a value.
 pub(super) const FIXED_BYTES_MAX: u64 = 4096;
-/// Objects with more wanted members than this are looked up by hash.
+/// Objects with more known members than this are looked up by hash.
 const MEMBERS_SCANNED_MAX: usize = 16;
+/// Members that no column wants, of one object, whose names are remembered so that they are known when they come again.
+const MEMBERS_UNKNOWN_MAX: usize = 64;
+/// Longest name that is remembered so, in bytes.
+const NAME_BYTES_KEPT_MAX: usize = 64;
 
 /// What `decode` knows about one column beyond the job.
 #[derive(Debug)]
@@ -37,6 +42,10 @@ pub(super) struct Plan {
     pub(super) outside: Vec<usize>,
     /// Positions of the dedup key's columns, in the key's order.
     pub(super) keys: Vec<usize>,
+    /// Positions of columns that read the payload.
+    pub(super) inside: Vec<usize>,
+    /// Positions of columns that need a value.
+    pub(super) required: Vec<usize>,
     /// Position of the event-time column.
     pub(super) event_time: usize,
     pub(super) unknown_fields: UnknownFields,
@@ -45,7 +54,8 @@ pub(super) struct Plan {
 /// The root of a [`Tree`].
 pub(super) const ROOT: usize = 0;
 
-/// Wanted members. Nodes remember the last row that saw them, which is how repeats are found without clearing.
+/// Wanted members. Nodes remember the last reading that saw them, which is how repeats are found without clearing, and
+/// which member follows which: producers write members in the same order each time.
 #[derive(Debug)]
 pub(super) struct Tree {
     pub(super) nodes: Vec<Node>,
@@ -56,35 +66,136 @@ pub(super) struct Node {
     pub(super) path: String,
     /// Columns that read this member; empty = the member is entered.
     pub(super) columns: Vec<usize>,
-    /// Number of the last row that had this member.
+    /// Number of the last reading that had this member.
     pub(super) seen_row: u64,
-    members: Vec<(Box<str>, usize)>,
+    /// Members of this object: the wanted ones, then others that stood in payloads.
+    members: Vec<Member>,
     by_name: HashMap<Box<str>, usize>,
-    /// Where the next wanted member is expected: producers write members in the same order each time.
-    next: usize,
+    /// Most members that are remembered.
+    members_max: usize,
+    /// The member that stood first in the object read last.
+    first: usize,
+    /// The member that stood before the next one; `None` = the next one is the first.
+    previous: Option<usize>,
+}
+
+/// A member of an entered object.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) name: Name,
+    pub(super) reader: Reader,
+    /// The member that followed it last.
+    pub(super) next: usize,
+}
+
+/// How a member is read. `child` is its node.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Reader {
+    /// No column wants it.
+    Skip,
+    /// Its object is entered.
+    Object { child: usize },
+    /// One column of text.
+    Text { child: usize, column: usize },
+    /// One column of longs.
+    Long { child: usize, column: usize },
+    /// One column of timestamps; numbers are units of so many microseconds.
+    Instant { child: usize, column: usize, micros: i64 },
+    /// Columns as the node names them.
+    Other { child: usize },
+}
+
+impl Reader {
+    /// The member's node.
+    #[inline(always)]
+    pub(super) fn child(self) -> Option<usize> {
+        match self {
+            Self::Skip => None,
+            Self::Object { child }
+            | Self::Text { child, .. }
+            | Self::Long { child, .. }
+            | Self::Instant { child, .. }
+            | Self::Other { child } => Some(child),
+        }
+    }
+
+    fn of(child: usize, node: &Node, columns: &[ColumnPlan]) -> Self {
+        let column = match *node.columns {
+            [] => return Self::Object { child },
+            [column] => column,
+            _ => return Self::Other { child },
+        };
+        match (&columns[column].column.column_type, columns[column].column.unit) {
+            (PrimitiveType::String, _) => Self::Text { child, column },
+            (PrimitiveType::Long, _) => Self::Long { child, column },
+            (PrimitiveType::Timestamp | PrimitiveType::Timestamptz, Some(unit)) => {
+                Self::Instant { child, column, micros: unit_micros(unit) }
+            }
+            _ => Self::Other { child },
+        }
+    }
 }
 
 impl Node {
     /// Begins a new object.
     pub(super) fn rewind(&mut self) {
-        self.next = 0;
+        self.previous = None;
     }
 
-    /// The node of a member of this object; `None` = no column wants it.
+    /// Index of the member that is expected first.
+    #[inline]
+    pub(super) fn first(&self) -> usize {
+        self.first
+    }
+
+    /// A member by its index.
+    #[inline(always)]
+    pub(super) fn member(&self, index: usize) -> Option<&Member> {
+        self.members.get(index)
+    }
+
+    /// The node of the next member of this object; `None` = no column wants it.
     pub(super) fn find(&mut self, name: &str) -> Option<usize> {
-        if let Some((member, node)) = self.members.get(self.next)
-            && **member == *name
-        {
-            self.next += 1;
-            return Some(*node);
+        let found = self.follow(self.previous, name)?;
+        self.previous = Some(found);
+        self.members[found].reader.child()
+    }
+
+    /// Index of the member of this name, which stands after `previous` (`None` = it stands first) and is expected there
+    /// from now on; `None` = no column wants it and there is no room to remember it.
+    pub(super) fn follow(&mut self, previous: Option<usize>, name: &str) -> Option<usize> {
+        let expected = previous.map_or(self.first, |previous| self.members[previous].next);
+        if self.members.get(expected).is_some_and(|member| member.name.as_str() == name) {
+            return Some(expected);
         }
-        let position = if self.members.len() > MEMBERS_SCANNED_MAX {
-            *self.by_name.get(name)?
-        } else {
-            self.members.iter().position(|(member, _)| **member == *name)?
+        let found = match self.position(name) {
+            Some(found) => found,
+            None if self.members.len() < self.members_max && name.len() <= NAME_BYTES_KEPT_MAX => {
+                self.push(name, Reader::Skip)
+            }
+            None => return None,
         };
-        self.next = position + 1;
-        Some(self.members[position].1)
+        match previous {
+            Some(previous) => self.members[previous].next = found,
+            None => self.first = found,
+        }
+        Some(found)
+    }
+
+    fn position(&self, name: &str) -> Option<usize> {
+        if self.members.len() > MEMBERS_SCANNED_MAX {
+            self.by_name.get(name).copied()
+        } else {
+            self.members.iter().position(|member| member.name.as_str() == name)
+        }
+    }
+
+    /// Adds a member, expected after the one added before it.
+    fn push(&mut self, name: &str, reader: Reader) -> usize {
+        let member = self.members.len();
+        self.by_name.insert(name.into(), member);
+        self.members.push(Member { name: Name::new(name), reader, next: member + 1 });
+        member
     }
 }
 
@@ -101,6 +212,8 @@ impl Plan {
             fields: Vec::new(),
             outside: Vec::new(),
             keys: Vec::new(),
+            inside: Vec::new(),
+            required: Vec::new(),
             event_time: 0,
             unknown_fields: decode.unknown_fields,
         };
@@ -111,8 +224,12 @@ impl Plan {
             plan.fields.push(Field::new(&column.name, arrow_type(column)?, !column.required));
             check_unit(column)?;
             check_source(column)?;
-            if !matches!(column.from, ColumnSource::Value(_)) {
-                plan.outside.push(position);
+            match column.from {
+                ColumnSource::Value(_) => plan.inside.push(position),
+                _ => plan.outside.push(position),
+            }
+            if column.required {
+                plan.required.push(position);
             }
             plan.columns.push(ColumnPlan { column: column.clone(), source: source_text(&column.from) });
         }
@@ -152,22 +269,37 @@ impl Tree {
             }
         }
         for node in &tree.nodes {
-            if let (Some(column), Some((_, inner))) = (node.columns.first(), node.members.first()) {
+            let inner = node.members.first().and_then(|member| member.reader.child());
+            if let (Some(column), Some(inner)) = (node.columns.first(), inner) {
                 return Err(DecodeSetupError::PathEntered {
                     column: columns[*column].column.name.clone(),
                     path: node.path.clone(),
-                    inner: tree.nodes[*inner].path.clone(),
+                    inner: tree.nodes[inner].path.clone(),
                 });
             }
         }
+        tree.choose_readers(columns);
         Ok(tree)
+    }
+
+    /// Chooses how each member is read, now that all columns are known.
+    fn choose_readers(&mut self, columns: &[ColumnPlan]) {
+        for node in 0..self.nodes.len() {
+            for member in 0..self.nodes[node].members.len() {
+                let child = self.nodes[node].members[member].reader.child();
+                let child = child.expect("every member of a job's path has a node");
+                self.nodes[node].members[member].reader = Reader::of(child, &self.nodes[child], columns);
+            }
+            self.nodes[node].members_max = self.nodes[node].members.len() + MEMBERS_UNKNOWN_MAX;
+        }
     }
 
     fn grow(&mut self, path: &[String]) -> usize {
         let mut node = ROOT;
         for name in path {
-            node = match self.nodes[node].by_name.get(name.as_str()) {
-                Some(member) => self.nodes[node].members[*member].1,
+            let known = self.nodes[node].position(name);
+            node = match known.and_then(|member| self.nodes[node].members[member].reader.child()) {
+                Some(child) => child,
                 None => self.add(node, name),
             };
         }
@@ -178,9 +310,7 @@ impl Tree {
         let child = self.nodes.len();
         let path = format!("{}.{name}", self.nodes[parent].path);
         self.nodes.push(Node { path, ..Node::default() });
-        let parent = &mut self.nodes[parent];
-        parent.by_name.insert(name.into(), parent.members.len());
-        parent.members.push((name.into(), child));
+        self.nodes[parent].push(name, Reader::Object { child });
         child
     }
 }

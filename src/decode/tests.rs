@@ -16,12 +16,12 @@ use crate::job::{Column, Decode, TimeUnit, UNKNOWN_FIELDS_COLUMN};
 use crate::letter::ReasonCode::*;
 use crate::record::RecordParts;
 
-fn column(name: &str, column_type: PrimitiveType) -> Column {
+pub(super) fn column(name: &str, column_type: PrimitiveType) -> Column {
     let from = ColumnSource::Value(vec![name.to_owned()]);
     Column { name: name.to_owned(), column_type, from, unit: None, required: false }
 }
 
-fn at(name: &str, path: &[&str], column_type: PrimitiveType) -> Column {
+pub(super) fn at(name: &str, path: &[&str], column_type: PrimitiveType) -> Column {
     let from = ColumnSource::Value(path.iter().map(|member| (*member).to_owned()).collect());
     Column { from, ..column(name, column_type) }
 }
@@ -31,14 +31,14 @@ fn from(name: &str, from: ColumnSource, column_type: PrimitiveType) -> Column {
 }
 
 /// `id` is the key, `ts` (ms) the event time; then the columns given.
-fn job_of(columns: Vec<Column>) -> Decode {
+pub(super) fn job_of(columns: Vec<Column>) -> Decode {
     let id = column("id", PrimitiveType::String);
     let ts = Column { unit: Some(TimeUnit::Millis), ..column("ts", PrimitiveType::Timestamptz) };
     let columns = [id, ts].into_iter().chain(columns).collect();
     Decode { unknown_fields: UnknownFields::Ignore, arrays: Arrays::Split, columns }
 }
 
-fn decoder_of(job: &Decode) -> Decoder {
+pub(super) fn decoder_of(job: &Decode) -> Decoder {
     Decoder::new(job, &["id".to_owned()], "ts", 1 << 20).unwrap()
 }
 
@@ -46,11 +46,11 @@ fn setup_error(job: &Decode) -> DecodeSetupError {
     Decoder::new(job, &["id".to_owned()], "ts", 1 << 20).unwrap_err()
 }
 
-fn assignment() -> Vec<TopicPartition> {
+pub(super) fn assignment() -> Vec<TopicPartition> {
     vec![TopicPartition::new("clicked", 0), TopicPartition::new("sent", 3)]
 }
 
-fn chunk_of(payloads: &[&[u8]]) -> RecordChunk {
+pub(super) fn chunk_of(payloads: &[&[u8]]) -> RecordChunk {
     let mut chunk = RecordChunk::default();
     for (offset, payload) in (0..).zip(payloads) {
         let parts =

@@ -11,6 +11,7 @@ use serde::Deserializer as _;
 use serde::de::{Error, Visitor};
 use serde_json::value::RawValue;
 
+use super::scan::Number;
 use super::time;
 use super::verdict::Refusal;
 use crate::job::TimeUnit;
@@ -166,11 +167,28 @@ fn from_string<'a>(
     unit: Option<TimeUnit>,
     scratch: &mut Scratch,
 ) -> Result<Value<'a>, Refusal> {
-    let unescaped = unescape(raw, scratch)?;
-    let text = match &unescaped {
-        Text::Chunk(text) => text,
-        Text::Scratch(range) => &scratch.text[range.clone()],
-    };
+    match unescape(raw, scratch)? {
+        Text::Chunk(text) => from_text(text, kind, unit, &mut scratch.bytes),
+        Text::Scratch(range) => from_text(&scratch.text[range], kind, unit, &mut scratch.bytes),
+    }
+}
+
+/// Reads a JSON string without escapes, given without its quotes, for a column of any type but string.
+pub(super) fn from_plain_string<'a>(
+    text: &str,
+    kind: &PrimitiveType,
+    unit: Option<TimeUnit>,
+    scratch: &mut Scratch,
+) -> Result<Value<'a>, Refusal> {
+    from_text(text, kind, unit, &mut scratch.bytes)
+}
+
+fn from_text<'a>(
+    text: &str,
+    kind: &PrimitiveType,
+    unit: Option<TimeUnit>,
+    bytes: &mut Vec<u8>,
+) -> Result<Value<'a>, Refusal> {
     match kind {
         PrimitiveType::Decimal { precision, scale } if is_json_number(text) => {
             Ok(Value::Decimal(decimal(text, *precision, *scale)?))
@@ -180,9 +198,9 @@ fn from_string<'a>(
         PrimitiveType::Timestamp => Ok(Value::Long(time::timestamp(text)?)),
         PrimitiveType::Timestamptz => Ok(Value::Long(time::timestamptz(text)?)),
         PrimitiveType::Uuid => Ok(Value::Uuid(uuid(text)?)),
-        PrimitiveType::Binary => Ok(Value::Bytes(Bytes::Scratch(base64(text, &mut scratch.bytes)?))),
+        PrimitiveType::Binary => Ok(Value::Bytes(Bytes::Scratch(base64(text, bytes)?))),
         PrimitiveType::Fixed(length) => {
-            let range = base64(text, &mut scratch.bytes)?;
+            let range = base64(text, bytes)?;
             if range.len() as u64 != *length {
                 return Err(Refusal::out_of_range("the number of bytes is not the column's"));
             }
@@ -287,6 +305,16 @@ fn is_zero(raw: &str) -> bool {
 
 /// Most digits of a decimal: Iceberg's bound, and what an i128 holds.
 pub(super) const DECIMAL_DIGITS_MAX: u32 = 38;
+/// 10^0 to 10^38.
+const POWERS_OF_TEN: [i128; DECIMAL_DIGITS_MAX as usize + 1] = {
+    let mut powers = [1; DECIMAL_DIGITS_MAX as usize + 1];
+    let mut exponent = 1;
+    while exponent < powers.len() {
+        powers[exponent] = powers[exponent - 1] * 10;
+        exponent += 1;
+    }
+    powers
+};
 /// An exponent further from zero than this is as good as infinite: no payload has that many digits to balance it.
 const EXPONENT_MAX: i64 = 1 << 40;
 
@@ -295,15 +323,40 @@ const TOO_FINE: &str = "the number has more digits after the point than the colu
 
 /// Microseconds of a number of `unit`s, exact: `1.5` seconds is taken, `1.5` microseconds is out of range.
 fn micros(raw: &str, unit: TimeUnit) -> Result<i128, Refusal> {
-    let scale = match unit {
+    match raw.parse::<i64>() {
+        Ok(whole) => Ok(micros_of(whole, unit)),
+        Err(_) => decimal(raw, DECIMAL_DIGITS_MAX, places_to_micros(unit)),
+    }
+}
+
+/// Microseconds of a whole number of `unit`s.
+pub(super) fn micros_of(whole: i64, unit: TimeUnit) -> i128 {
+    i128::from(whole) * i128::from(unit_micros(unit))
+}
+
+/// Microseconds of one `unit`.
+pub(super) fn unit_micros(unit: TimeUnit) -> i64 {
+    10i64.pow(places_to_micros(unit))
+}
+
+/// Decimal places between a unit and a microsecond.
+fn places_to_micros(unit: TimeUnit) -> u32 {
+    match unit {
         TimeUnit::Seconds => 6,
         TimeUnit::Millis => 3,
         TimeUnit::Micros => 0,
-    };
-    match raw.parse::<i64>() {
-        Ok(whole) => Ok(i128::from(whole) * 10i128.pow(scale)),
-        Err(_) => decimal(raw, DECIMAL_DIGITS_MAX, scale),
     }
+}
+
+/// The unscaled value of a decimal with `precision` digits, `scale` of them after the point. `None` = [`decimal`] has to
+/// look closer: there is an exponent, or some digits may have no place.
+pub(super) fn decimal_of(number: &Number, precision: u32, scale: u32) -> Option<i128> {
+    let unscaled = number.unscaled()?;
+    let shift = (scale as usize).checked_sub(number.fraction_digits)?;
+    if number.digit_count + shift > precision as usize {
+        return None;
+    }
+    Some(i128::from(unscaled) * POWERS_OF_TEN[shift])
 }
 
 /// The unscaled value of a decimal with `precision` digits, `scale` of them after the point, from a JSON number's text.

@@ -1,5 +1,7 @@
 //! The walk: one pass over a JSON object that reads wanted members and skips all others without building anything.
 //!
+//! It gives the verdict on every row that the fast read (`fast`) does not take, and so is what says why a row is refused.
+//!
 //! serde_json drives; the seeds here follow the [`Tree`] of wanted members. A wanted value is taken as its raw text
 //! (checked for grammar, not yet for type) and read by `value`. The first fault of a row is kept and the walk goes
 //! on to the end of the payload, so that a payload that is not JSON is always called so, wherever it breaks.
@@ -32,7 +34,7 @@ pub(super) struct Walk<'w, 'a> {
     pub(super) unknown_fields: UnknownFields,
     /// Kept unknown members, `"name":value` with commas between, without the braces.
     pub(super) unknown: &'w mut String,
-    /// Number of this row; no earlier row of the same tree had it.
+    /// Number of this reading; no earlier one of the same tree had it.
     pub(super) row: u64,
     /// The first fault of the row.
     fault: Option<Fault>,
@@ -401,8 +403,17 @@ fn code_unit(bytes: &[u8]) -> Option<u16> {
     u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
 }
 
-/// Whether arrays and objects nest deeper than [`DEPTH_MAX`], in any text, JSON or not.
-pub(super) fn too_deep(text: &str) -> bool {
+/// Checks that arrays and objects nest no deeper than [`DEPTH_MAX`], in any text, JSON or not.
+pub(super) fn check_depth(text: &str) -> Result<(), Fault> {
+    if too_deep(text) {
+        let text = format!("arrays and objects nest deeper than {DEPTH_MAX}");
+        return Err(Fault::new(ReasonCode::TooDeep, text));
+    }
+    Ok(())
+}
+
+/// Whether arrays and objects nest deeper than [`DEPTH_MAX`].
+fn too_deep(text: &str) -> bool {
     let bytes = text.as_bytes();
     if opening_brackets(bytes) <= DEPTH_MAX {
         return false;

@@ -14,7 +14,6 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::device::Device;
-use super::filter;
 use super::generation::{GenerationRef, Manifest};
 use super::lookup::Lookup;
 use super::page::PAGE_BYTES;
@@ -64,11 +63,11 @@ struct Ways {
 impl Ways {
     fn of(section: &Section, pinned: &Pinned, probes: u64, device: &Device) -> Self {
         let probes = probes as f64;
-        let filter_bytes = filter::filter_bytes(section.filter_blocks).unwrap_or_default() as f64;
+        let filter_bytes = section.filter.bytes().unwrap_or_default() as f64;
         let page_bytes = section.pages as f64 * PAGE_BYTES as f64;
         let missing = 1.0 - pinned.cached_share(section.pages);
         let pages = |probes: f64| device.seconds(probes * missing, page_bytes) + probes * PAGE_PROBE_SECONDS;
-        let rate = filter::false_positive_rate(section.tally.keys, section.filter_blocks);
+        let rate = section.filter.false_positive_rate(section.tally.keys);
         let passed = probes * FILTER_PROBE_SECONDS + pages(probes * (rate + HIT_SHARE));
 
         let stream = device.seconds(probes, filter_bytes) + passed;
@@ -192,7 +191,7 @@ pub fn access_plan(
             let pinned = pins.of(segment, *section_index);
             let probes = (probes as f64 * share).round() as u64;
             let choice = Ways::of(section, &pinned, probes, &device).settled();
-            let filter_bytes = filter::filter_bytes(section.filter_blocks).unwrap_or_default();
+            let filter_bytes = section.filter.bytes().unwrap_or_default();
             sections.push(SectionAccess {
                 bucket_from: bucket.from,
                 bucket_to: bucket.to,

@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::Key;
 use crate::event_time::EventTimeMs;
 use crate::fingerprint::Fingerprint;
 use crate::job::Repeats;
@@ -54,6 +55,11 @@ pub struct Bucket {
 }
 
 impl Bucket {
+    /// A key of this bucket whose event time within it is not known.
+    pub(super) fn key(self, fingerprint: Fingerprint) -> Key {
+        Key { fingerprint, event_time: self.to.minus_ms(1) }
+    }
+
     /// Whether a time falls into it.
     pub fn holds(&self, time: EventTimeMs) -> bool {
         self.from <= time && time < self.to

@@ -30,6 +30,7 @@ use rayon::slice::ParallelSliceMut;
 use uuid::Uuid;
 
 use super::bucket::{Bucket, BucketTally, ERAS_MAX, Era, Grid, Tally};
+use super::filter::FilterEffort;
 use super::generation::{GenerationName, GenerationRef, Manifest};
 use super::merge::{FAN_IN, INPUT_BYTES_MAX, Merged, merge};
 use super::page::PAGE_BYTES;
@@ -41,6 +42,7 @@ use super::{
 };
 use crate::event_time::EventTimeMs;
 use crate::fingerprint::FINGERPRINT_BITS;
+use crate::job::Repeats;
 
 /// Bytes of one read of a run, if there is memory for it.
 const RUN_READ_BYTES: usize = 64 << 10;
@@ -160,6 +162,11 @@ impl Builder {
         Ok(self)
     }
 
+    /// The bucket that a time falls into; `None` before the floor is known.
+    pub(super) fn bucket_of(&self, time: EventTimeMs) -> Option<Bucket> {
+        self.grid.map(|grid| grid.bucket_of(time))
+    }
+
     /// Takes keys of table rows, in any order, repeats included.
     ///
     /// # Errors
@@ -186,7 +193,7 @@ impl Builder {
     /// # Errors
     /// Any [`StoreError`]; the files written so far are named by nobody.
     pub fn finish(mut self, name: GenerationName) -> Result<(GenerationRef, RebuildReport), StoreError> {
-        self.files.state_keys = self.keys_added;
+        self.files.state_keys = self.probed_keys();
         let mut manifest = Manifest::empty(&self.files.spec);
         manifest.floor = self.grid.map(|grid| grid.floor());
         manifest.eras.clone_from(&self.eras);
@@ -196,11 +203,22 @@ impl Builder {
         if manifest.buckets.len() > BUCKETS_MAX {
             return Err(StoreError::TooManyBuckets { buckets_max: BUCKETS_MAX });
         }
+        crate::crash_point!("rebuilt_segment_durable");
         let reference = manifest.write(&self.files.folder, name)?;
+        crate::crash_point!("rebuilt_manifest_durable");
         disk::sync_folder(&self.files.folder)?;
+        crate::crash_point!("rebuilt_generation_durable");
         let keys = manifest.buckets.iter().map(|bucket| bucket.keys).sum();
         let repeats = self.keys_added - keys;
         Ok((reference, RebuildReport { keys, repeats, buckets: manifest.buckets }))
+    }
+
+    /// Keys that a probe will be looked for among, if buckets are about equal.
+    fn probed_keys(&self) -> u64 {
+        match self.files.spec.repeats {
+            Repeats::AnyTime => self.keys_added,
+            Repeats::SameTime => self.keys_added / self.table.by_bucket().len().max(1) as u64,
+        }
     }
 
     /// Writes the one segment of the generation, unless there are no keys.
@@ -216,7 +234,7 @@ impl Builder {
         let is_one_run = self.runs.is_empty() && self.writing.is_none();
         let (mut writer, written);
         if is_one_run {
-            writer = self.files.begin(name)?;
+            writer = self.files.begin(name, FilterEffort::Quick)?;
             self.keys.par_sort_unstable();
             written = write_sections(&self.keys, &self.table.by_bucket(), &mut writer)?;
         } else {
@@ -224,7 +242,7 @@ impl Builder {
             self.keys = Vec::new();
             self.end_run()?;
             self.leave_runs(self.inputs_max)?;
-            writer = self.files.begin(name)?;
+            writer = self.files.begin(name, FilterEffort::Quick)?;
             written = self.merge(&self.runs, &mut writer)?.kept;
         }
         let keys = written.values().map(|tally| tally.keys).sum();
@@ -238,7 +256,7 @@ impl Builder {
     /// # Errors
     /// Any [`StoreError`].
     pub(super) fn into_run(mut self) -> Result<Option<Arc<Segment>>, StoreError> {
-        self.files.state_keys = self.keys_added;
+        self.files.state_keys = self.probed_keys();
         self.write_run()?;
         self.end_run()?;
         self.keys = Vec::new();
@@ -328,10 +346,12 @@ fn packed(ordinal: u32, key: &Key) -> u128 {
 /// Creates the file of a run and takes its name away, so that it vanishes with this process.
 fn begin_run(files: &SegmentFiles) -> Result<(SegmentName, SegmentWriter), StoreError> {
     let name = SegmentName { generation: GenerationName::new(0, 0, Uuid::new_v4()), number: 0 };
-    let writer = files.begin(name)?;
+    let writer = files.begin(name, FilterEffort::Quick)?;
     let file_name = name.to_string();
+    crate::crash_point!("run_file_created");
     std::fs::remove_file(files.folder.join(&file_name))
         .map_err(|error| StoreError::io("unlink", &file_name, error))?;
+    crate::crash_point!("run_file_unlinked");
     Ok((name, writer))
 }
 

@@ -152,6 +152,7 @@ fn tiny(repeats: Repeats) -> State {
 
 #[test]
 fn every_byte_of_a_tiny_state_flipped_is_found_and_its_file_named() {
+    let mut flips = 0;
     for repeats in [Repeats::AnyTime, Repeats::SameTime] {
         let state = tiny(repeats);
         state.verified().unwrap();
@@ -162,11 +163,13 @@ fn every_byte_of_a_tiny_state_flipped_is_found_and_its_file_named() {
                 write_byte(&path, at, byte ^ 1 << (at % 8));
                 let found = state.judge(&[&file], &format!("byte {at} of {file} flipped"));
                 assert!(found, "byte {at} of {file}: every byte of a tiny state is read by verification");
+                flips += 1;
                 write_byte(&path, at, *byte);
             }
         }
         state.verified().unwrap();
     }
+    crate::figures::leave("corruptions-of-every-byte", &serde_json::json!({"flips": flips, "found": flips}));
 }
 
 #[test]
@@ -300,6 +303,8 @@ fn a_few_thousand_random_flips_of_a_larger_state_are_found_or_harmless() {
         write_byte(&state.path().join(file), at, bytes[at]);
     }
     state.verified().unwrap();
+    let facts = serde_json::json!({"flips": FLIPS, "found": FLIPS - unseen, "in gaps": unseen});
+    crate::figures::leave("corruptions-at-random", &facts);
     assert!(
         unseen * 50 < FLIPS,
         "{unseen} of {FLIPS} flips fell into gaps, which are at most 1 % of the bytes"

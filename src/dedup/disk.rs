@@ -24,6 +24,7 @@ pub(super) fn make_folder(folder: &Path) -> Result<(), StoreError> {
         .mode(0o700)
         .create(folder)
         .map_err(|error| StoreError::io("make folder", folder.display(), error))?;
+    crate::crash_point!("state_folder_made");
     for made in missing {
         match made.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => sync_folder(parent)?,

@@ -16,15 +16,16 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::segment::alone;
 use super::*;
 
-const MUTATIONS: usize = 20_000;
+/// Mutations of its seeds that each replay reads.
+pub(crate) const MUTATIONS: usize = 20_000;
 /// Most bytes of a state that is written anew to be mutated: small files are mutated more densely.
 const SEED_BYTES_MAX: u64 = 16 << 10;
 
-fn fixtures(folder: &str) -> PathBuf {
+pub(crate) fn fixtures(folder: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(folder)
 }
 
-fn files_in(folder: &Path) -> Vec<Vec<u8>> {
+pub(crate) fn files_in(folder: &Path) -> Vec<Vec<u8>> {
     let mut paths: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
     paths.iter().map(|path| fs::read(path).unwrap()).collect()
@@ -64,11 +65,11 @@ fn fresh_state() -> TempDir {
 }
 
 /// What inputs are made of.
-struct Seeds {
+pub(crate) struct Seeds {
     /// What fuzzers found: mostly broken, each in a way of its own.
-    kept: Vec<Vec<u8>>,
+    pub(crate) kept: Vec<Vec<u8>>,
     /// Whole files of released versions and of this one: what is made of them gets furthest.
-    whole: Vec<Vec<u8>>,
+    pub(crate) whole: Vec<Vec<u8>>,
 }
 
 impl Seeds {
@@ -198,31 +199,35 @@ fn mutate(random: &mut StdRng, seeds: &Seeds) -> Vec<u8> {
     bytes
 }
 
-/// Feeds the corpus and its mutations to a reader; gives how many of the mutations it took.
-fn feed(target: &str, read: impl Fn(&[u8]) -> bool) -> usize {
-    let seeds = seeds(target);
+/// Feeds the corpus of a target and its mutations to its reader; gives how many of the mutations it took.
+pub(crate) fn feed(target: &str, seeds: &Seeds, read: impl Fn(&[u8]) -> bool) -> usize {
     for seed in seeds.kept.iter().chain(&seeds.whole) {
         read(seed);
     }
     let mut random = StdRng::seed_from_u64(20_000);
-    (0..MUTATIONS).filter(|_| read(&mutate(&mut random, &seeds))).count()
+    let taken = (0..MUTATIONS).filter(|_| read(&mutate(&mut random, seeds))).count();
+    let corpus = seeds.kept.len() + seeds.whole.len();
+    let facts =
+        serde_json::json!({"target": target, "corpus": corpus, "mutations": MUTATIONS, "taken": taken});
+    crate::figures::leave(&format!("replay-{target}"), &facts);
+    taken
 }
 
 #[test]
 fn no_segment_file_makes_its_reader_panic_or_hang() {
-    let taken = feed("segment", fuzz::segment);
+    let taken = feed("segment", &seeds("segment"), fuzz::segment);
     assert!(taken > MUTATIONS / 5, "{taken} passed the frame: mutations are to reach what stands behind it");
 }
 
 #[test]
 fn no_manifest_makes_its_reader_panic_or_hang() {
-    let taken = feed("manifest", fuzz::manifest);
+    let taken = feed("manifest", &seeds("manifest"), fuzz::manifest);
     assert!(taken > MUTATIONS / 50, "{taken} were taken");
 }
 
 #[test]
 fn no_page_makes_its_reader_panic_or_hang() {
-    let taken = feed("page", fuzz::page);
+    let taken = feed("page", &seeds("page"), fuzz::page);
     assert!(taken > MUTATIONS / 20, "{taken} were taken");
 }
 

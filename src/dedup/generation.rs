@@ -30,6 +30,7 @@ use super::segment::{Segment, SegmentEntry, SegmentName};
 use super::{BUCKETS_MAX, StoreError, StoreSpec, disk};
 use crate::event_time::EventTimeMs;
 use crate::job::Repeats;
+use crate::mutant;
 
 /// Newest manifest format that this program reads, and the one that it writes. Version 1 had neither `eras` nor
 /// `expired`: nothing expired, and the width never changed.
@@ -60,7 +61,8 @@ impl GenerationName {
         Self { epoch, batch, attempt }
     }
 
-    pub(super) fn manifest_file(&self) -> String {
+    /// Name of its manifest file.
+    pub fn manifest_file(&self) -> String {
         format!("{self}{MANIFEST_SUFFIX}")
     }
 }
@@ -189,11 +191,15 @@ impl Manifest {
         self.named_buckets().map(|bucket| (bucket.bucket(), bucket.tally())).collect()
     }
 
+    fn segment_files(&self) -> Vec<(String, u64)> {
+        self.segments.iter().map(|segment| (segment.name.to_string(), segment.bytes)).collect()
+    }
+
     /// Reads the manifest that a ledger names.
     pub(super) fn read(folder: &Path, reference: &GenerationRef) -> Result<Self, StoreError> {
         let file = reference.name.manifest_file();
         let (manifest, checksum) = read_manifest(folder, &file)?;
-        if checksum != reference.checksum {
+        if mutant!("local-manifest-rules", false => checksum != reference.checksum) {
             let what = format!("its checksum is {checksum} where the ledger says {}", reference.checksum);
             return Err(StoreError::corrupt(file, what));
         }
@@ -209,8 +215,11 @@ impl Manifest {
         let checksum = format!("{:032x}", xxh3_128(body.as_bytes()));
         let text = format!("{FIRST_WORDS}{MANIFEST_VERSION} {checksum}\n{json}\n");
         let file = disk::create_new(folder, &file_name)?;
+        crate::crash_point!("manifest_created");
         disk::write_at(&file, &file_name, text.as_bytes(), 0)?;
-        disk::sync(&file, &file_name)?;
+        crate::crash_point!("manifest_written");
+        mutant!("skip-manifest-sync", () => disk::sync(&file, &file_name)?);
+        crate::crash_point!("manifest_synced");
         Ok(GenerationRef { name, checksum })
     }
 
@@ -388,6 +397,39 @@ pub fn list_generations(folder: &Path, job_id: Option<Uuid>) -> Result<Vec<Gener
     Ok(found)
 }
 
+/// Names and sizes of the segments of a generation, from its manifest, which is read and checked.
+///
+/// # Errors
+/// [`StoreError::Missing`] or [`StoreError::Corrupt`] of the manifest; [`StoreError::NewerFormat`] and [`StoreError::Io`].
+pub fn segments_of(folder: &Path, reference: &GenerationRef) -> Result<Vec<(String, u64)>, StoreError> {
+    Ok(Manifest::read(folder, reference)?.segment_files())
+}
+
+/// As [`segments_of`], of the bytes of a manifest, whatever ledger names it.
+///
+/// # Errors
+/// [`StoreError::Corrupt`] and [`StoreError::NewerFormat`].
+pub fn segments_in(manifest: Vec<u8>, file_name: &str) -> Result<Vec<(String, u64)>, StoreError> {
+    parse_manifest(manifest, file_name).map(|(manifest, _)| manifest.segment_files())
+}
+
+/// Whether a folder has the manifest of a generation and all its segments, each of the right size. What they hold is not
+/// looked at.
+pub fn is_at_home(folder: &Path, reference: &GenerationRef) -> bool {
+    let has = |(name, bytes): &(String, u64)| {
+        fs::metadata(folder.join(name)).is_ok_and(|found| found.is_file() && found.len() == *bytes)
+    };
+    segments_of(folder, reference).is_ok_and(|segments| segments.iter().all(has))
+}
+
+/// The generation that wrote a file of a state folder, by the file's name; `None` for any other file.
+pub fn generation_of_file(file_name: &str) -> Option<GenerationName> {
+    match state_file(file_name)? {
+        StateFile::Manifest(name) => Some(name),
+        StateFile::Segment(name) => Some(name.generation),
+    }
+}
+
 /// Renames a damaged file to `<name>.damaged`, durably, so that the next [`Store::open`](super::Store::open) finds it
 /// missing and the state is rebuilt. Only files of this folder are taken.
 ///
@@ -399,7 +441,10 @@ pub fn set_aside(folder: &Path, file: &str) -> Result<(), StoreError> {
     damaged.push(".damaged");
     std::fs::rename(folder.join(name), folder.join(damaged))
         .map_err(|source| StoreError::io("set aside", file, source))?;
-    disk::sync_folder(folder)
+    crate::crash_point!("damaged_file_renamed");
+    disk::sync_folder(folder)?;
+    crate::crash_point!("damaged_file_set_aside");
+    Ok(())
 }
 
 /// What [`sweep`] removed.
@@ -446,16 +491,21 @@ pub(super) fn sweep_others(
         return Ok(report);
     }
     for file_name in file_names(folder)? {
-        if kept_files.contains(&file_name) || !is_swept(folder, &file_name, &job_ids, epoch) {
+        if mutant!("sweep-takes-kept-files", false => kept_files.contains(&file_name))
+            || !is_swept(folder, &file_name, &job_ids, epoch)
+        {
             continue;
         }
         let path = folder.join(&file_name);
         let failed = |error| StoreError::io("remove", &file_name, error);
         let bytes = fs::metadata(&path).map_err(failed)?.len();
+        crate::crash_point!("sweep_deletes");
         fs::remove_file(&path).map_err(failed)?;
+        crate::crash_point!("sweep_deleted");
         report.files += 1;
         report.bytes += bytes;
     }
+    crate::crash_point!("sweep_ended");
     Ok(report)
 }
 
@@ -470,7 +520,8 @@ fn is_swept(folder: &Path, file_name: &str, job_ids: &BTreeSet<Uuid>, epoch: u64
                 )
         }
         Some(StateFile::Segment(name)) => {
-            name.generation.epoch < epoch
+            let earlier = name.generation.epoch;
+            mutant!("sweep-of-the-own-epoch", earlier <= epoch => earlier < epoch)
                 && Segment::job_id_of(folder, file_name).is_none_or(|job_id| job_ids.contains(&job_id))
         }
         None => false,

@@ -15,12 +15,12 @@ use std::path::Path;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::StoreError;
 use super::bucket::Digest;
 use super::generation::{FIRST_WORDS, GenerationName, StateFile, read_manifest, state_file};
 use super::segment::alone::{self, Origin, renamed};
 use super::segment::{MAGIC, Section, Segment};
 use super::verify::verify_section;
-use super::{StoreError, filter};
 use crate::event_time::EventTimeMs;
 
 /// Ending of the name of a file that was set aside.
@@ -292,7 +292,7 @@ fn damage_of(
 
 fn section_facts(section: &Section) -> SectionFacts {
     let keys = section.tally.keys;
-    let filter_bytes = filter::filter_bytes(section.filter_blocks).unwrap_or_default();
+    let filter_bytes = section.filter.bytes().unwrap_or_default();
     let page_bytes = section.end() - section.pages_position;
     SectionFacts {
         from: section.bucket.from,
@@ -303,7 +303,7 @@ fn section_facts(section: &Section) -> SectionFacts {
         digest: section.tally.digest,
         filter_position: section.filter_position,
         filter_bytes,
-        filter_bits_per_key: per_key(section.filter_blocks * filter::BLOCK_BYTES as u64 * 8, keys),
+        filter_bits_per_key: per_key(section.filter.bits(), keys),
         pages_position: section.pages_position,
         pages: section.pages,
         keys_per_page: keys as f64 / section.pages as f64,

@@ -17,7 +17,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::StoreError;
 use super::access::{self, Access, Choice};
 use super::device::Device;
-use super::filter;
 use super::page::{CHECKSUM_BYTES, PAGE_BYTES, fingerprint_at};
 use super::pins::Pinned;
 use super::reads::{self, ReadLimits, Reads};
@@ -28,8 +27,11 @@ use crate::fingerprint::FINGERPRINT_BYTES;
 const UNIT_PROBES: (usize, usize) = (4 << 10, 64 << 10);
 /// Pieces of fewer bytes in all are brought into memory without threads.
 const LOAD_BYTES_PARALLEL_MIN: u64 = 1 << 20;
+/// Most bytes of filters that a worker has in flight: enough to keep the device at its sequential speed. With more, page
+/// reads of other workers wait behind them, and end after the filters instead of beside them.
+const STREAM_BYTES_IN_FLIGHT: usize = 1 << 20;
 /// Units for each worker, so that all end at about the same time.
-const UNITS_PER_WORKER: usize = 8;
+const UNITS_PER_WORKER: usize = 16;
 
 /// One fingerprint that is looked up, with its place in the probe batch, in 16 bytes that sort by both:
 /// found, 1 bit | zeros | fingerprint, 88 bits | place, 32 bits.
@@ -136,10 +138,11 @@ impl Lookup {
     pub(super) fn measure(&mut self, segment: &Segment) -> Result<(), StoreError> {
         if !self.measured {
             self.measured = true;
-            let reads = &mut self.workers[0].reads;
-            let measured = Device::measure(reads, self.limits.read_bytes_max, segment);
+            let mut reads: Vec<&mut Reads> =
+                self.workers.iter_mut().map(|worker| &mut worker.reads).collect();
+            let measured = Device::measure(&mut reads, self.limits.read_bytes_max, segment);
             if measured.is_err() {
-                reads.drain();
+                reads.into_iter().for_each(Reads::drain);
             }
             self.device = measured?;
             tracing::debug!(
@@ -337,7 +340,7 @@ impl Worker {
                 Access::Filter => path.target.pinned.filter(),
             };
             let pages_held = held.len().div_ceil(PAGE_BYTES) as u64;
-            let page_of = |probe: &Probe| filter_page_of(section, *probe);
+            let page_of = |probe: &Probe| section.filter.page_of(probe.value());
             let in_memory = probes.partition_point(|probe| page_of(probe) < pages_held);
             let walk = FilterWalk { section, pages: held, first_page: 0, path: path_index as u32 };
             walk.collect(probes, 0..in_memory, &mut self.candidates);
@@ -347,11 +350,10 @@ impl Worker {
         let place = |read: &PageRead| {
             let section = paths[read.path as usize].target.section();
             let last = read.pages.end - 1;
-            let bytes = (last - read.pages.start) as usize * PAGE_BYTES
-                + filter::page_bytes(section.filter_blocks, last);
+            let bytes = (last - read.pages.start) as usize * PAGE_BYTES + section.filter.page_bytes(last);
             (section.filter_position + read.pages.start * PAGE_BYTES as u64, bytes)
         };
-        read_all(reads, paths, planned, place, |read, bytes| {
+        read_all(reads, paths, planned, STREAM_BYTES_IN_FLIGHT, place, |read, bytes| {
             let target = paths[read.path as usize].target;
             let section = target.section();
             check_filter_pages(target, read.pages.start, bytes)?;
@@ -409,7 +411,7 @@ impl Worker {
             let section = paths[read.path as usize].target.section();
             (section.index_position(read.pages.start), section.index_bytes(read.pages.start))
         };
-        read_all(reads, paths, planned, place, |read, bytes| {
+        read_all(reads, paths, planned, usize::MAX, place, |read, bytes| {
             let target = paths[read.path as usize].target;
             let (section, stride) = (target.section(), read.pages.start);
             target.segment.check_sealed(bytes, section.index_position(stride), "index page")?;
@@ -476,7 +478,7 @@ impl Worker {
             let end = section.page_position(last) + section.page_bytes(last) as u64;
             (position, (end - position) as usize)
         };
-        read_all(reads, paths, planned, place, |read, bytes| {
+        read_all(reads, paths, planned, usize::MAX, place, |read, bytes| {
             let Target { segment, pinned, .. } = paths[read.path as usize].target;
             let section = paths[read.path as usize].target.section();
             let begin = section.page_position(read.pages.start);
@@ -512,7 +514,7 @@ impl Worker {
                 let place = |read: &PageRead| {
                     (section.index_position(read.pages.start), section.index_bytes(read.pages.start))
                 };
-                read_all(&mut self.reads, &paths, &strides, place, |read, bytes| {
+                read_all(&mut self.reads, &paths, &strides, usize::MAX, place, |read, bytes| {
                     let stride = read.pages.start;
                     target.segment.check_sealed(bytes, section.index_position(stride), "index page")?;
                     let pages = section.stride_pages(stride);
@@ -529,7 +531,7 @@ impl Worker {
                 target.pinned.set_index(firsts);
             }
             Load::Filter(_) => {
-                let all = filter::filter_bytes(section.filter_blocks).unwrap_or_default();
+                let all = section.filter.bytes().unwrap_or_default();
                 let bytes = all.min(target.pinned.filter_pages() * PAGE_BYTES as u64);
                 let mut held = vec![0; bytes as usize];
                 let pages = bytes.div_ceil(PAGE_BYTES as u64);
@@ -542,7 +544,7 @@ impl Worker {
                     let end = (read.pages.end * PAGE_BYTES as u64).min(bytes);
                     (section.filter_position + begin, (end - begin) as usize)
                 };
-                read_all(&mut self.reads, &paths, &windows, place, |read, bytes| {
+                read_all(&mut self.reads, &paths, &windows, usize::MAX, place, |read, bytes| {
                     check_filter_pages(target, read.pages.start, bytes)?;
                     let begin = read.pages.start as usize * PAGE_BYTES;
                     held[begin..begin + bytes.len()].copy_from_slice(bytes);
@@ -555,27 +557,31 @@ impl Worker {
     }
 }
 
-/// Does all reads of a list, many in flight, and takes the bytes of each as they come, in any order.
+/// Does all reads of a list, many in flight but no more bytes than `bytes_in_flight_max` and one read, and takes the bytes of
+/// each as they come, in any order.
 fn read_all(
     reads: &mut Reads,
     paths: &[Path<'_>],
     planned: &[PageRead],
+    bytes_in_flight_max: usize,
     place: impl Fn(&PageRead) -> (u64, usize),
     mut take: impl FnMut(&PageRead, &[u8]) -> Result<(), StoreError>,
 ) -> Result<(), StoreError> {
     let segment_of = |read: &PageRead| &paths[read.path as usize].target.segment;
-    let (mut begun, mut ended) = (0, 0);
+    let (mut begun, mut ended, mut bytes_in_flight) = (0, 0, 0);
     while ended < planned.len() {
-        while begun < planned.len() && reads.has_room() {
+        while begun < planned.len() && reads.has_room() && bytes_in_flight < bytes_in_flight_max {
             let read = &planned[begun];
             let (position, bytes) = place(read);
             segment_of(read).start_read(reads, position, bytes, begun as u64)?;
             begun += 1;
+            bytes_in_flight += bytes;
         }
         let done = reads.next().map_err(|failed| {
             let read = failed.tag.map_or(ended, |tag| tag as usize);
             segment_of(&planned[read]).read_failed(failed.error)
         })?;
+        bytes_in_flight -= reads.bytes(&done).len();
         let taken = take(&planned[done.tag as usize], reads.bytes(&done));
         reads.release(done);
         taken?;
@@ -662,23 +668,15 @@ struct FilterWalk<'a> {
 impl FilterWalk<'_> {
     /// Adds those of `probes[range]` that are not found yet and that the filter does not send away.
     fn collect(&self, probes: &[Probe], range: Range<usize>, candidates: &mut Vec<Candidate>) {
-        let (blocks, kind) = (self.section.filter_blocks, self.section.filter_kind);
-        for (probe_index, probe) in probes[range.clone()].iter().enumerate() {
-            let value = probe.value();
-            let block = filter::block_of(value, blocks);
-            let page = (block / filter::PAGE_BLOCKS - self.first_page) as usize;
-            let block_bytes = self.pages[page * PAGE_BYTES + filter::block_offset(block)..]
-                .first_chunk()
-                .expect("a filter page holds its blocks whole");
-            if filter::may_contain(kind, block_bytes, value) && !probe.is_found() {
-                candidates.push(Candidate { path: self.path, probe: (range.start + probe_index) as u32 });
+        let begin = range.start;
+        let values = probes[range].iter().map(|probe| probe.value());
+        self.section.filter.pass(self.pages, self.first_page, values, |index| {
+            let probe_index = begin + index;
+            if !probes[probe_index].is_found() {
+                candidates.push(Candidate { path: self.path, probe: probe_index as u32 });
             }
-        }
+        });
     }
-}
-
-fn filter_page_of(section: &Section, probe: Probe) -> u64 {
-    filter::block_of(probe.value(), section.filter_blocks) / filter::PAGE_BLOCKS
 }
 
 fn check_filter_pages(target: &Target, first_page: u64, bytes: &[u8]) -> Result<(), StoreError> {

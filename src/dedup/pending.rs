@@ -13,10 +13,14 @@ use super::bucket::{Bucket, Tally};
 use super::lookup::Probe;
 use super::recent::{BatchRuns, Run};
 use super::segment::SegmentWriter;
-use super::{BUCKETS_MAX, StoreError};
+use super::{BUCKETS_MAX, Key, StoreError};
 use crate::event_time::EventTimeMs;
 use crate::fingerprint::Fingerprint;
 use crate::job::Repeats;
+use crate::mutant;
+
+/// Bytes that a key of the open microbatch takes: its entry, and as much again while lists are merged.
+pub(crate) const PENDING_KEY_BYTES: u64 = size_of::<Entry>() as u64 * 2;
 
 /// A key with the ordinal of its bucket in a [`BucketTable`].
 #[derive(Debug, Clone, Copy)]
@@ -104,7 +108,7 @@ impl Pending {
 
     /// Bytes that the pending keys take at most, the copy made by a merge or the final sort included.
     pub(super) fn bytes(&self) -> u64 {
-        self.keys() * size_of::<Entry>() as u64 * 2
+        self.keys() * PENDING_KEY_BYTES
     }
 
     /// Marks the probes of one bucket (of all, if every bucket is probed), sorted, that are pending already.
@@ -115,7 +119,9 @@ impl Pending {
                 left = &left[count_below(left, probe.value())..];
                 match left.first() {
                     None => break,
-                    Some(entry) if entry.fingerprint.value() == probe.value() => probe.mark_found(),
+                    Some(entry) if entry.fingerprint.value() == probe.value() => {
+                        mutant!("pending-keys-not-seen", () => probe.mark_found());
+                    }
                     Some(_) => {}
                 }
             }
@@ -165,6 +171,14 @@ impl Pending {
         merged.extend_from_slice(older);
         merged.extend_from_slice(newer);
         merged
+    }
+
+    /// The keys of some buckets. Of their event times only the bucket is told.
+    pub(super) fn keys_of(&self, wanted: impl Fn(Bucket) -> bool) -> Vec<Key> {
+        let is_wanted: Vec<bool> = self.table.rows.iter().map(|row| wanted(row.bucket)).collect();
+        let entries = self.runs.iter().flatten().filter(|entry| is_wanted[entry.bucket as usize]);
+        let key = |entry: &Entry| self.table.bucket(entry.bucket).key(entry.fingerprint);
+        entries.map(key).collect()
     }
 
     /// Drops the keys of buckets that are not to be kept.

@@ -12,7 +12,6 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::filter;
 use super::page::PAGE_BYTES;
 use super::segment::{STRIDE_PAGES, Segment, SegmentName};
 use crate::event_time::EventTimeMs;
@@ -214,7 +213,7 @@ impl Pins {
         }
         let mut bytes_left = self.bytes_max - stats.index_bytes;
         for (_, section, _, filter_pages, _) in &mut planned {
-            let bytes = filter::filter_bytes(section.filter_blocks).unwrap_or(u64::MAX);
+            let bytes = section.filter.bytes().unwrap_or(u64::MAX);
             stats.filter_bytes_total = stats.filter_bytes_total.saturating_add(bytes);
             let held = filter_bytes_held(bytes, bytes_left);
             bytes_left -= held;

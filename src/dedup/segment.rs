@@ -13,8 +13,9 @@
 //!    it is intact. Losing a piece is an error, never "not seen".
 //! 3. The manifest holds the checksum of header, directory and footer; those say where every piece stands.
 //!
-//! Layout of format version 2, little-endian. Positions count from the begin of the file. Version 1 differs in the
-//! kinds of its filters and pages, which both are tags, and is read for ever.
+//! Layout of format version 3, little-endian. Positions count from the begin of the file. Earlier versions differ in the
+//! kinds of filters and pages, which both are tags: version 1 has other Bloom filters and other pages, version 2 has no
+//! ribbon filters. They are read for ever.
 //! ```text
 //! header     magic "TMDEDUP\0" | version u16 | low 32 bits of XXH3-64 over these 10 bytes | zero u16
 //!            job id 16 B | key spec hash 64 B, zero-filled | epoch u64 | batch u64 | attempt 16 B | number u32
@@ -25,7 +26,7 @@
 //!            the section's last page and last index page are cut to what they hold
 //!            stride index: checksum u64 | first fingerprint of each stride, 11 B each
 //! directory  per section, buckets ascending: bucket from, to i64 | smallest, largest event time i64 |
-//!            keys u64 | digest u128 | filter kind u64 | filter position u64 | filter blocks u64 |
+//!            keys u64 | digest u128 | filter tag u64 | filter position u64 | filter blocks u64 |
 //!            pages position u64 | pages u64 | bytes of the last page u64                           104 B each
 //! footer     directory position u64 | sections u64 | keys u64 | file bytes u64 |
 //!            XXH3-128 over header, directory and the footer so far | magic "TMDDEND\0"              56 B
@@ -48,7 +49,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::bucket::{Bucket, Digest, Tally};
-use super::filter::{self, FilterKind, PAGE_BLOCKS};
+use super::filter::{FilterEffort, FilterPages, FilterShape};
 use super::generation::GenerationName;
 use super::page::{
     CHECKSUM_BYTES, PAGE_BYTES, PAGE_HEAD_BYTES, PAGE_KEYS_MAX, PageBuilder, is_intact, page_holds,
@@ -58,9 +59,10 @@ use super::reads::{ReadFile, Reads};
 use super::{BUCKETS_MAX, KEY_SPEC_HASH_BYTES_MAX, StoreError, StoreSpec, disk};
 use crate::event_time::EventTimeMs;
 use crate::fingerprint::{FINGERPRINT_BYTES, Fingerprint};
+use crate::mutant;
 
 /// Newest segment format that this program reads, and the one that it writes.
-pub(super) const SEGMENT_VERSION: u16 = 2;
+pub(super) const SEGMENT_VERSION: u16 = 3;
 /// Pages of a stride: those that one index page covers.
 pub(super) const STRIDE_PAGES: u64 = 256;
 
@@ -106,9 +108,8 @@ pub(super) struct Section {
     pub(super) event_time_min: EventTimeMs,
     pub(super) event_time_max: EventTimeMs,
     pub(super) tally: Tally,
-    pub(super) filter_kind: FilterKind,
+    pub(super) filter: FilterShape,
     pub(super) filter_position: u64,
-    pub(super) filter_blocks: u64,
     pub(super) pages_position: u64,
     pub(super) pages: u64,
     pub(super) last_page_bytes: u64,
@@ -206,8 +207,9 @@ pub(super) struct SegmentWriter {
     seed: u64,
     end: u64,
     write_bytes_max: usize,
-    /// Keys of the whole state, about.
+    /// Keys that a probe is looked for among, about.
     state_keys: u64,
+    filter_effort: FilterEffort,
     directory: Vec<u8>,
     sections: u64,
     keys: u64,
@@ -220,8 +222,8 @@ pub(super) struct SectionWriter<'a> {
     segment: &'a mut SegmentWriter,
     section: Section,
     filter: Stream,
+    filter_pages: FilterPages,
     filter_page: Vec<u8>,
-    filter_page_index: u64,
     pages: Stream,
     page: PageBuilder,
     page_bytes: Vec<u8>,
@@ -239,6 +241,7 @@ impl SegmentWriter {
         spec: &StoreSpec,
         write_bytes_max: usize,
         state_keys: u64,
+        filter_effort: FilterEffort,
     ) -> Self {
         let header = header_of(SEGMENT_VERSION, name, spec);
         Self {
@@ -249,6 +252,7 @@ impl SegmentWriter {
             end: HEADER_BYTES as u64,
             write_bytes_max,
             state_keys,
+            filter_effort,
             directory: Vec::new(),
             sections: 0,
             keys: 0,
@@ -273,18 +277,17 @@ impl SegmentWriter {
         let align = |position: u64| {
             if keys_max >= ALIGNED_KEYS_MIN { position.next_multiple_of(PAGE_BYTES as u64) } else { position }
         };
-        let filter_blocks = filter::block_count(keys_max, self.state_keys);
+        let filter = FilterShape::for_keys(keys_max, self.state_keys, self.filter_effort);
         let filter_position = align(self.end);
-        let filter_bytes = filter::filter_bytes(filter_blocks).expect("a filter has at least one block");
+        let filter_bytes = filter.bytes().expect("a filter has at least one block");
         let pages_position = align(filter_position + filter_bytes);
         let section = Section {
             bucket,
             event_time_min: event_times.0,
             event_time_max: event_times.1,
             tally: Tally::default(),
-            filter_kind: FilterKind::Direct,
+            filter,
             filter_position,
-            filter_blocks,
             pages_position,
             pages: 0,
             last_page_bytes: 0,
@@ -292,8 +295,8 @@ impl SegmentWriter {
         };
         SectionWriter {
             filter: Stream::at(filter_position, self.write_bytes_max),
-            filter_page: vec![0; filter::page_bytes(filter_blocks, 0)],
-            filter_page_index: 0,
+            filter_pages: FilterPages::new(filter),
+            filter_page: Vec::new(),
             pages: Stream::at(pages_position, self.write_bytes_max),
             page: PageBuilder::for_keys(keys_max),
             page_bytes: Vec::with_capacity(PAGE_BYTES),
@@ -324,10 +327,14 @@ impl SegmentWriter {
         footer.extend_from_slice(&checksum.to_le_bytes());
         footer.extend_from_slice(&END_MAGIC);
 
+        crate::crash_point!("segment_pages_written");
         disk::write_at(&self.file, &self.file_name, &self.header, 0)?;
+        crate::crash_point!("segment_header_written");
         disk::write_at(&self.file, &self.file_name, &self.directory, self.end)?;
         disk::write_at(&self.file, &self.file_name, &footer, self.end + self.directory.len() as u64)?;
-        disk::sync(&self.file, &self.file_name)?;
+        crate::crash_point!("segment_footer_written");
+        mutant!("skip-segment-sync", () => disk::sync(&self.file, &self.file_name)?);
+        crate::crash_point!("segment_synced");
         let entry = SegmentEntry {
             name,
             bytes,
@@ -343,29 +350,18 @@ impl SegmentWriter {
 
 impl SectionWriter<'_> {
     fn add_to_filter(&mut self, value: u128) -> Result<(), StoreError> {
-        let block = filter::block_of(value, self.section.filter_blocks);
-        while self.filter_page_index < block / PAGE_BLOCKS {
+        let page = self.filter_pages.page_of(value);
+        while self.filter_pages.page() < page {
             self.write_filter_page()?;
         }
-        let offset = filter::block_offset(block);
-        filter::insert(
-            FilterKind::Direct,
-            &mut self.filter_page[offset..offset + filter::BLOCK_BYTES],
-            value,
-        );
+        self.filter_pages.insert(value);
         Ok(())
     }
 
     fn write_filter_page(&mut self) -> Result<(), StoreError> {
+        self.filter_pages.take_page(&mut self.filter_page);
         seal(&mut self.filter_page, self.segment.seed, self.filter.end());
-        self.filter.append(&self.segment.file, &self.segment.file_name, &self.filter_page)?;
-        self.filter_page_index += 1;
-        self.filter_page.clear();
-        if self.filter_page_index < filter::page_count(self.section.filter_blocks) {
-            let bytes = filter::page_bytes(self.section.filter_blocks, self.filter_page_index);
-            self.filter_page.resize(bytes, 0);
-        }
-        Ok(())
+        self.filter.append(&self.segment.file, &self.segment.file_name, &self.filter_page)
     }
 
     fn write_page(&mut self, last: bool) -> Result<(), StoreError> {
@@ -409,7 +405,7 @@ impl SectionWriter<'_> {
         self.write_page(true)?;
         let mut stride_index = index_page(&self.strides);
         self.append_sealed(&mut stride_index)?;
-        while self.filter_page_index < filter::page_count(self.section.filter_blocks) {
+        while self.filter_pages.page() < self.section.filter.page_count() {
             self.write_filter_page()?;
         }
         self.filter.flush(&self.segment.file, &self.segment.file_name)?;
@@ -468,9 +464,9 @@ fn write_entry(section: &Section, directory: &mut Vec<u8>) {
     directory.extend_from_slice(&section.tally.keys.to_le_bytes());
     directory.extend_from_slice(&section.tally.digest.0.to_le_bytes());
     let numbers = [
-        section.filter_kind as u64,
+        section.filter.kind().tag(),
         section.filter_position,
-        section.filter_blocks,
+        section.filter.blocks(),
         section.pages_position,
         section.pages,
         section.last_page_bytes,
@@ -620,7 +616,7 @@ impl Segment {
 
     /// Refuses a piece that is not what was written at `position`.
     pub(super) fn check_sealed(&self, piece: &[u8], position: u64, kind: &str) -> Result<(), StoreError> {
-        if is_intact(piece, self.seed, position) {
+        if mutant!("torn-pages-read", true => is_intact(piece, self.seed, position)) {
             Ok(())
         } else {
             Err(self.corrupt(format!("the checksum of the {kind} at byte {position} is wrong")))
@@ -646,7 +642,9 @@ impl Segment {
 
     /// Whether a page whose checksum was checked holds a fingerprint.
     pub(super) fn page_holds(&self, page: &[u8], position: u64, value: u128) -> Result<bool, StoreError> {
-        page_holds(page, value).map_err(|what| self.corrupt(format!("{what}, at byte {position}")))
+        let held = page_holds(page, value);
+        let held = mutant!("filter-alone-drops", held.map(|_| true) => held);
+        held.map_err(|what| self.corrupt(format!("{what}, at byte {position}")))
     }
 }
 
@@ -729,15 +727,16 @@ fn read_entry(bytes: &[u8], begin: u64, end: u64) -> Option<Section> {
     let (event_time_min, event_time_max) = (fields.time(), fields.time());
     let keys = fields.number();
     let digest = Digest(u128::from_le_bytes(fields.take()));
-    let filter_kind = FilterKind::of(fields.number())?;
+    let filter_tag = fields.number();
+    let filter_position = fields.number();
+    let filter = FilterShape::described(filter_tag, fields.number())?;
     let section = Section {
         bucket,
         event_time_min,
         event_time_max,
         tally: Tally { keys, digest },
-        filter_kind,
-        filter_position: fields.number(),
-        filter_blocks: fields.number(),
+        filter,
+        filter_position,
         pages_position: fields.number(),
         pages: fields.number(),
         last_page_bytes: fields.number(),
@@ -745,7 +744,7 @@ fn read_entry(bytes: &[u8], begin: u64, end: u64) -> Option<Section> {
     };
     // Numbers that are no larger than the file can not overflow in what follows.
     let plausible = bucket.from < bucket.to
-        && (1..=end).contains(&section.filter_blocks)
+        && section.filter.blocks() <= end
         && (1..=end / PAGE_HEAD_BYTES as u64).contains(&section.pages)
         && section.pages <= keys
         && keys.div_ceil(PAGE_KEYS_MAX as u64) <= section.pages
@@ -753,7 +752,7 @@ fn read_entry(bytes: &[u8], begin: u64, end: u64) -> Option<Section> {
     if !plausible {
         return None;
     }
-    let filter_end = section.filter_position.checked_add(filter::filter_bytes(section.filter_blocks)?)?;
+    let filter_end = section.filter_position.checked_add(section.filter.bytes()?)?;
     let pages_end = section.pages_position.checked_add(section.pages.checked_mul(PAGE_BYTES as u64 * 2)?)?;
     let fits = section.filter_position >= begin
         && section.pages_position >= filter_end

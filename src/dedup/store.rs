@@ -12,18 +12,20 @@ use rayon::slice::ParallelSliceMut;
 use serde::Serialize;
 
 use super::bucket::{Bucket, BucketTally, Grid, Tally};
+use super::builder::Builder;
 use super::generation::{GenerationName, GenerationRef, Manifest, SweepReport, sweep_others};
 use super::lookup::{self, Lookup, Probe, Target};
 use super::pending::{Entry, Pending};
 use super::pins::{PinStats, Pins};
 use super::recent::{BatchRuns, Recent};
 use super::segment::Segment;
-use super::tiers::{Merges, SegmentFiles, dead_bytes, write_generation};
+use super::tiers::{Merges, SegmentFiles, dead_bytes, probed_keys, write_generation};
 use super::window::{Window, set_width};
 use super::{Key, Limits, StoreError, StoreSpec, Verdict, disk};
 use crate::event_time::EventTimeMs;
 use crate::fingerprint::Fingerprint;
 use crate::job::Repeats;
+use crate::mutant;
 
 /// Sizes of a generation and of what is held in memory for it, and what writing it took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -181,7 +183,7 @@ impl Store {
             folder: folder.to_owned(),
             spec: spec.clone(),
             limits,
-            state_keys: current.manifest.buckets.iter().map(|bucket| bucket.keys).sum(),
+            state_keys: probed_keys(&spec, current.manifest.buckets.iter().map(|bucket| bucket.keys)),
         });
         merging.start_due(&current);
         let mut pins = Pins::new(limits.pinned_bytes_max);
@@ -377,6 +379,8 @@ impl Store {
         self.broken = true;
         let mut pending = std::mem::replace(&mut self.pending, Pending::new(self.spec.repeats));
         let window = std::mem::take(&mut self.window);
+        let begin = |bytes| Builder::on_grid(&self.folder, self.spec.clone(), bytes, self.grid);
+        let next_window = window.next(&pending, begin)?;
         window.drop_borrowed(&mut pending);
         pending.compact();
         let mut runs = match self.recent.takes(pending.keys()) {
@@ -394,6 +398,7 @@ impl Store {
         self.grid = generation.manifest.grid();
         self.pins.plan(&generation.segments, generation.manifest.complete_since);
         self.prepared = Some(generation);
+        self.window = next_window;
         self.recent.push(runs);
         self.broken = false;
         Ok(reference)
@@ -415,7 +420,9 @@ impl Store {
         if self.prepared.take().is_some() {
             self.recent.forget_last();
         }
-        self.pending = Pending::new(self.spec.repeats);
+        let empty = Pending::new(self.spec.repeats);
+        self.pending =
+            mutant!("abandoned-keys-stay-seen", std::mem::replace(&mut self.pending, empty) => empty);
         self.window = Window::default();
         self.grid = self.current.manifest.grid();
         self.pins.plan(&self.current.segments, self.current.manifest.complete_since);
@@ -533,7 +540,7 @@ struct Group {
 fn mark_later_copies(probes: &mut [Probe]) {
     let mut earlier = None;
     for probe in probes {
-        if earlier == Some(probe.value()) {
+        if mutant!("later-copies-pass", false => earlier == Some(probe.value())) {
             probe.mark_found();
         }
         earlier = Some(probe.value());

@@ -371,10 +371,10 @@ fn files_of_a_newer_program_are_refused_by_name() {
     let segment = file_ending(folder.path(), ".segment");
     let good = fs::read(&segment).unwrap();
     let mut newer = good.clone();
-    newer[..16].copy_from_slice(&prelude(3));
+    newer[..16].copy_from_slice(&prelude(4));
     fs::write(&segment, &newer).unwrap();
     let opened = Store::open(folder.path(), spec(Repeats::AnyTime), Some(&reference), 0);
-    assert!(matches!(opened, Err(StoreError::NewerFormat { found: 3, known: 2, .. })), "{opened:?}");
+    assert!(matches!(opened, Err(StoreError::NewerFormat { found: 4, known: 3, .. })), "{opened:?}");
     fs::write(&segment, &good).unwrap();
 
     let manifest = file_ending(folder.path(), ".manifest");

@@ -40,6 +40,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::bucket::{Bucket, BucketTally, Grid, Tally};
+use super::filter::FilterEffort;
 use super::generation::{GenerationName, GenerationRef, Manifest};
 use super::merge::FAN_IN;
 use super::pending::Pending;
@@ -47,6 +48,8 @@ use super::segment::{Section, Segment, SegmentName, SegmentWriter};
 use super::store::Generation;
 use super::window::Window;
 use super::{BUCKETS_MAX, Limits, StoreError, StoreSpec, disk};
+use crate::job::Repeats;
+use crate::mutant;
 
 pub(super) use background::Merges;
 
@@ -64,7 +67,7 @@ pub(super) struct SegmentFiles {
     pub(super) folder: PathBuf,
     pub(super) spec: StoreSpec,
     pub(super) limits: Limits,
-    /// Keys of the whole state that the segments will belong to, about: filters are sized by it.
+    /// Keys that a probe is looked for among once the segments stand ([`probed_keys`]), about: filters are sized by it.
     pub(super) state_keys: u64,
 }
 
@@ -73,9 +76,9 @@ impl SegmentFiles {
     ///
     /// # Errors
     /// [`StoreError::NameTaken`] if there is a file of this name.
-    pub(super) fn begin(&self, name: SegmentName) -> Result<SegmentWriter, StoreError> {
+    pub(super) fn begin(&self, name: SegmentName, effort: FilterEffort) -> Result<SegmentWriter, StoreError> {
         let file = disk::create_new(&self.folder, &name.to_string())?;
-        Ok(SegmentWriter::new(file, name, &self.spec, self.limits.write_bytes_max, self.state_keys))
+        Ok(SegmentWriter::new(file, name, &self.spec, self.limits.write_bytes_max, self.state_keys, effort))
     }
 
     /// Begins a segment under the first number of a generation, from 1 on, that no file has.
@@ -83,10 +86,11 @@ impl SegmentFiles {
         &self,
         generation: GenerationName,
     ) -> Result<(SegmentName, SegmentWriter), StoreError> {
+        let effort = FilterEffort::of_lasting(self.state_keys, self.limits.pinned_bytes_max);
         let mut number = 1;
         loop {
             let name = SegmentName { generation, number };
-            match self.begin(name) {
+            match self.begin(name, effort) {
                 Ok(writer) => return Ok((name, writer)),
                 Err(StoreError::NameTaken { .. }) if number < NUMBERS_MAX => number += 1,
                 Err(error) => return Err(error),
@@ -110,6 +114,14 @@ impl SegmentFiles {
         if let Err(error) = std::fs::remove_file(self.folder.join(name.to_string())) {
             tracing::debug!(file = %name, %error, "a segment that nobody names is left to the sweep");
         }
+    }
+}
+
+/// Keys that a probe is looked for among, from those of each bucket: all of them, or those of its bucket.
+pub(super) fn probed_keys(spec: &StoreSpec, keys_of_buckets: impl Iterator<Item = u64>) -> u64 {
+    match spec.repeats {
+        Repeats::AnyTime => keys_of_buckets.sum(),
+        Repeats::SameTime => keys_of_buckets.max().unwrap_or_default(),
     }
 }
 
@@ -155,6 +167,11 @@ struct Plan {
 }
 
 impl Plan {
+    /// Keys of all inputs.
+    fn keys(&self) -> u64 {
+        self.inputs.iter().map(|input| input.entry.keys).sum()
+    }
+
     /// What a tier needs: the oldest segments merged into the next tier if it is full, else the first segment that is
     /// mostly dead written again without its dead sections; `None` if it needs nothing.
     fn of_tier(tier: u32, segments: &[Arc<Segment>], kept: &BTreeSet<Bucket>) -> Option<Self> {
@@ -233,13 +250,14 @@ pub(super) fn write_generation(
     let mut draft = Draft { manifest: before.manifest.clone(), segments: before.segments.clone() };
     draft.manifest.floor = grid.map(|grid| grid.floor());
     let mut tallies = draft.manifest.tallies();
-    let keys_before: u64 = tallies.values().map(|tally| tally.keys).sum();
+    let keys_before = probed_keys(&merges.files().spec, tallies.values().map(|tally| tally.keys));
     merges.begin_generation(keys_before, pending.keys());
     window.write_adopted(merges.files(), name, &mut draft.segments, &mut tallies, grid)?;
     add_batch(merges, &mut draft.segments, &mut tallies, name, pending)?;
     if tallies.len() > BUCKETS_MAX {
         return Err(StoreError::TooManyBuckets { buckets_max: BUCKETS_MAX });
     }
+    crate::crash_point!("generation_drafted");
     window.advance(&mut draft.manifest, &mut draft.segments, tallies);
     merges.settle(&mut draft, name)?;
     draft.drop_dead_segments();
@@ -247,7 +265,8 @@ pub(super) fn write_generation(
     let Draft { mut manifest, segments } = draft;
     manifest.segments = segments.iter().map(|segment| segment.entry.clone()).collect();
     let reference = manifest.write(&merges.files().folder, name)?;
-    disk::sync_folder(&merges.files().folder)?;
+    mutant!("skip-state-folder-sync", () => disk::sync_folder(&merges.files().folder)?);
+    crate::crash_point!("generation_durable");
     let generation = Generation::new(manifest, segments, Some(name))?;
     merges.start_due(&generation);
     Ok((generation, reference))
@@ -265,11 +284,14 @@ fn add_batch(
         return Ok(());
     }
     let name = SegmentName { generation, number: 0 };
-    let mut writer = merges.files().begin(name)?;
+    let mut writer = merges.files().begin(name, FilterEffort::Quick)?;
+    crate::crash_point!("batch_segment_created");
     for (bucket, tally) in pending.write(&mut writer)? {
         tallies.entry(bucket).or_default().add_all(tally);
     }
+    crate::crash_point!("batch_segment_filled");
     let segment = merges.files().end(name, writer, 0)?;
+    crate::crash_point!("batch_segment_durable");
     merges.note_batch_segment(&segment);
     segments.push(Arc::new(segment));
     Ok(())

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::bucket::{Bucket, Tally};
-use super::filter;
 use super::generation::{GenerationRef, Manifest};
 use super::page::fingerprint_at;
 use super::segment::{STRIDE_PAGES, Section, SectionScan, Segment, index_entry_offset};
@@ -121,7 +120,7 @@ pub(super) fn verify_section(
             return Err(segment.corrupt(format!("the page index is wrong about page {page}")));
         }
     }
-    filter_page.read_to(filter::page_count(section.filter_blocks) - 1)
+    filter_page.read_to(section.filter.page_count() - 1)
 }
 
 /// The filter page that was read last, on a walk that reads each of them once.
@@ -134,18 +133,17 @@ struct FilterPage<'a> {
 
 impl FilterPage<'_> {
     fn check_holds(&mut self, value: u128) -> Result<(), StoreError> {
-        let block = filter::block_of(value, self.section.filter_blocks);
-        self.read_to(block / filter::PAGE_BLOCKS)?;
-        let holds = self.bytes[filter::block_offset(block)..]
-            .first_chunk()
-            .is_some_and(|block| filter::may_contain(self.section.filter_kind, block, value));
+        let page = self.section.filter.page_of(value);
+        self.read_to(page)?;
+        let mut holds = false;
+        self.section.filter.pass(&self.bytes, page, std::iter::once(value), |_| holds = true);
         if holds { Ok(()) } else { Err(self.segment.corrupt("a filter does not hold a key of its section")) }
     }
 
     /// Reads and checks all filter pages up to `page`.
     fn read_to(&mut self, page: u64) -> Result<(), StoreError> {
         for next in self.page.map_or(0, |read| read + 1)..=page {
-            self.bytes.resize(filter::page_bytes(self.section.filter_blocks, next), 0);
+            self.bytes.resize(self.section.filter.page_bytes(next), 0);
             let position = self.section.filter_position + next * super::page::PAGE_BYTES as u64;
             self.segment.read_sealed(&mut self.bytes, position, "filter page")?;
             self.page = Some(next);

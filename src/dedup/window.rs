@@ -7,8 +7,9 @@
 //!   until the end of the microbatch, and what is new in it is written to it. A watermark that was pushed by mistake
 //!   and is set back finds its buckets here, so it costs no read of the tables.
 //! - A bucket that is *gone* is in no manifest. A key of it can not be proven new by the state alone: the caller reads
-//!   the bucket from the tables into a [`Loan`], which is probed until the end of the microbatch. New keys in it go to
-//!   the table and not into the state, which would not be whole without the others.
+//!   the bucket from the tables into a [`Loan`], which is probed until the end of the microbatch, or longer if a backfill
+//!   goes on in it ([`Store::keep_loans`]). New keys in it go to the table and not into the state, which would not be whole
+//!   without the others; a loan that is kept takes them too, so that it stays what the tables hold.
 //!
 //! Widening is a loan that stays: with [`Store::adopt`] its buckets become live in the next generation.
 //!
@@ -16,15 +17,17 @@
 //! 1. Every bucket that ends after `complete_since` is live; every expired one ends at or before it.
 //! 2. A key is answered only if its bucket is live, in its grace, or lent. Any other is refused by
 //!    [`StoreError::BeforeComplete`].
-//! 3. Loans and expiry are of one microbatch: [`Store::prepare`] and [`Store::abandon`] end them. Loans are taken
-//!    while no generation is prepared, because a batch in flight is not yet in the tables that a loan is read from.
+//! 3. Loans and expiry are of one microbatch: [`Store::prepare`] ends them, but for loans that are kept, and
+//!    [`Store::abandon`] ends them all. Loans are taken while no generation is prepared, because a batch in flight is not
+//!    yet in the tables that a loan is read from.
 //! 4. Boundaries of buckets that a manifest names never move; see `bucket.rs` for how a width changes.
 //!
 //! Durable steps: none of its own. Runs of loans are files without a name, so they vanish with the process. Adopted
 //! keys are written by [`Store::prepare`], in its order.
 //!
-//! Bounds: 100 bytes per bucket. A loan: the builder's bounds while it is loaded, then one open file and what a
-//! segment takes; about 10 bytes of disk per key.
+//! Bounds: 100 bytes per bucket. A loan: the builder's bounds while it is loaded or takes keys, then at most
+//! [`LOAN_RUNS_MAX`] open files and what their segments take; about 10 bytes of disk per key. [`LOANS_KEPT_MAX`] loans are
+//! kept; one that is let go early is read from the tables again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -37,12 +40,19 @@ use super::pending::Pending;
 use super::segment::{Section, SectionScan, Segment};
 use super::store::{Generation, Store};
 use super::tiers::SegmentFiles;
-use super::{Key, StoreError};
+use super::{Key, StoreError, TRANSFER_BYTES_MAX};
 use crate::event_time::EventTimeMs;
+use crate::fingerprint::Fingerprint;
+use crate::mutant;
 
 /// The grace is this part of the window, and at least one bucket: long enough that a person who sees a watermark run
 /// away can set it back before a byte is lost, and short enough that disk stays near what is live.
 const GRACE_PARTS: i64 = 8;
+
+/// Most loans that are kept from one microbatch to the next.
+const LOANS_KEPT_MAX: usize = 16;
+/// Most runs of a loan that is kept: each microbatch that has new keys for it adds one, and then they become one.
+const LOAN_RUNS_MAX: usize = 8;
 
 /// What leaves the window with the next generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,15 +72,18 @@ pub(super) struct Window {
     recalled: BTreeSet<Bucket>,
     /// The loan that stays, and from when on the state is complete with it.
     adopted: Option<(Loan, EventTimeMs)>,
+    /// Loans with a bucket that ends after this are kept when the microbatch ends; `None` = none.
+    keep_after: Option<EventTimeMs>,
 }
 
 /// Keys of slices of event time that the state does not hold, as the tables have them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Loan {
     /// Ascending, apart.
     slices: Vec<Bucket>,
-    run: Option<Arc<Segment>>,
+    runs: Vec<Arc<Segment>>,
     keys: u64,
+    memory_bytes: u64,
 }
 
 /// Takes the keys of a loan, in any order.
@@ -78,6 +91,7 @@ pub struct Loan {
 pub struct LoanBuilder {
     slices: Vec<Bucket>,
     builder: Builder,
+    memory_bytes: u64,
 }
 
 impl LoanBuilder {
@@ -98,7 +112,12 @@ impl LoanBuilder {
     pub fn finish(self) -> Result<Loan, StoreError> {
         let run = self.builder.into_run()?;
         let keys = run.as_ref().map_or(0, |run| run.entry.keys);
-        Ok(Loan { slices: self.slices, run, keys })
+        Ok(Loan {
+            slices: self.slices,
+            runs: run.into_iter().collect(),
+            keys,
+            memory_bytes: self.memory_bytes,
+        })
     }
 }
 
@@ -118,9 +137,27 @@ impl Loan {
         slice_at(&self.slices, bucket.from).is_some_and(|slice| slice.covers(bucket))
     }
 
+    /// Takes keys that are new in it, as a run of their own, or all its runs as one if there are too many.
+    fn take(&mut self, keys: &[Key], mut builder: Builder) -> Result<(), StoreError> {
+        builder.add(keys)?;
+        if self.runs.len() >= LOAN_RUNS_MAX {
+            for (run, section_index) in self.sections(None) {
+                let section = &run.sections[section_index];
+                let mut scan = SectionScan::new(&run, section, TRANSFER_BYTES_MAX as usize);
+                while let Some(value) = scan.next()? {
+                    builder.add(&[section.bucket.key(Fingerprint::from_value(value))])?;
+                }
+            }
+            self.runs.clear();
+        }
+        self.runs.extend(builder.into_run()?);
+        self.keys += keys.len() as u64;
+        Ok(())
+    }
+
     /// Sections of one bucket, or all.
     fn sections(&self, bucket: Option<Bucket>) -> impl Iterator<Item = (Arc<Segment>, usize)> {
-        self.run.iter().flat_map(move |run| {
+        self.runs.iter().flat_map(move |run| {
             let wanted = run.sections.iter().enumerate();
             wanted
                 .filter(move |(_, section)| bucket.is_none_or(|bucket| bucket == section.bucket))
@@ -163,6 +200,25 @@ impl Window {
         on_disk.into_iter().flatten().map(place).chain(lent).collect()
     }
 
+    /// The window of the next microbatch: the loans that are kept, with the pending keys of their buckets.
+    pub(super) fn next(
+        &self,
+        pending: &Pending,
+        begin: impl Fn(u64) -> Result<Builder, StoreError>,
+    ) -> Result<Self, StoreError> {
+        let Some(keep_after) = self.keep_after else { return Ok(Self::default()) };
+        let is_kept = |loan: &Loan| loan.slices.last().is_some_and(|slice| slice.to > keep_after);
+        let mut loans: Vec<Loan> = self.loans.iter().filter(|loan| is_kept(loan)).cloned().collect();
+        loans.drain(..loans.len().saturating_sub(LOANS_KEPT_MAX));
+        for loan in &mut loans {
+            let keys = pending.keys_of(|bucket| loan.covers(bucket));
+            if !keys.is_empty() {
+                loan.take(&keys, begin(loan.memory_bytes)?)?;
+            }
+        }
+        Ok(Self { loans, ..Self::default() })
+    }
+
     /// Takes the keys of borrowed buckets out of those that a segment will hold.
     pub(super) fn drop_borrowed(&self, pending: &mut Pending) {
         if !self.loans.is_empty() {
@@ -197,6 +253,7 @@ impl Window {
             sections.iter().for_each(|(segment, section)| tally.add_all(segment.sections[*section].tally));
         }
         let (name, mut writer) = files.begin_numbered(generation)?;
+        crate::crash_point!("adopted_segment_created");
         let read_bytes_max = files.limits.merge_read_bytes_max;
         for (run, section_index) in loan.sections(None) {
             let section = &run.sections[section_index];
@@ -221,6 +278,7 @@ impl Window {
         } else {
             segments.push(Arc::new(files.end(name, writer, 0)?));
         }
+        crate::crash_point!("adopted_segment_durable");
         Ok(())
     }
 
@@ -237,7 +295,9 @@ impl Window {
         }
         let before = manifest.complete_since;
         if let Some(expiry) = self.expiry {
-            let expiring = tallies.keys().filter(|bucket| bucket.to <= expiry.cutoff);
+            let end =
+                |bucket: &Bucket| mutant!("bucket-expires-with-its-first-key", bucket.from => bucket.to);
+            let expiring = tallies.keys().filter(|bucket| end(bucket) <= expiry.cutoff);
             manifest.complete_since = expiring.map(|bucket| bucket.to).fold(before, EventTimeMs::max);
             tallies.retain(|bucket, _| bucket.to > manifest.complete_since || bucket.to > expiry.grace_end);
         }
@@ -338,6 +398,16 @@ impl Store {
         buckets.into_iter().filter(|bucket| !self.is_known(*bucket)).collect()
     }
 
+    /// For each of these keys, whether its bucket is gone and not lent: the state can not tell whether such a key is new.
+    pub fn are_unanswerable(&self, keys: &[Key]) -> Vec<bool> {
+        let complete_since = self.complete_since();
+        let is_gone = |key: &Key| {
+            key.event_time < complete_since
+                && self.bucket_of(key.event_time).is_some_and(|bucket| !self.is_known(bucket))
+        };
+        keys.iter().map(is_gone).collect()
+    }
+
     /// Slices of event time from `since`, the begin of a bucket, to [`Store::complete_since`] that are not on disk,
     /// ascending: what a state that is to be complete from `since` on has to load.
     pub fn missing_since(&self, since: EventTimeMs) -> Vec<Bucket> {
@@ -368,7 +438,7 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn begin_loan(&self, slices: &[Bucket], memory_bytes: u64) -> Result<LoanBuilder, StoreError> {
         let builder = Builder::on_grid(&self.folder, self.spec.clone(), memory_bytes, self.grid)?;
-        Ok(LoanBuilder { slices: slices.to_vec(), builder })
+        Ok(LoanBuilder { slices: slices.to_vec(), builder, memory_bytes })
     }
 
     /// Lets keys be found in a loan until the end of this microbatch.
@@ -381,6 +451,12 @@ impl Store {
             "a loan is taken between two batches or within one, not while one commits"
         );
         self.window.loans.push(loan);
+    }
+
+    /// Keeps loans with a bucket that ends after this time when this microbatch ends, for a lane that is not past them; none
+    /// without one. To be said again in every microbatch.
+    pub fn keep_loans(&mut self, after: Option<EventTimeMs>) {
+        self.window.keep_after = after;
     }
 
     /// Widens the state: with the next generation it is complete from `since` on, the begin of a bucket. The loan holds
@@ -414,13 +490,14 @@ impl Store {
         &self.probed().manifest.eras
     }
 
-    fn bucket_of(&self, time: EventTimeMs) -> Option<Bucket> {
+    /// The bucket that a time falls into; `None` before the first key.
+    pub fn bucket_of(&self, time: EventTimeMs) -> Option<Bucket> {
         self.grid.map(|grid| grid.bucket_of(time))
     }
 
     fn is_known(&self, bucket: Bucket) -> bool {
         let generation = self.probed();
-        bucket.to > generation.manifest.complete_since
+        mutant!("expired-bucket-answers", true => bucket.to > generation.manifest.complete_since)
             || generation.grace_sections.contains_key(&bucket)
             || self.window.lends(bucket)
     }

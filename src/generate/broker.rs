@@ -71,6 +71,18 @@ impl Broker {
         Ok(())
     }
 
+    /// Takes the broker away, or brings it back with everything that it held. Connections are closed and refused meanwhile.
+    ///
+    /// # Errors
+    /// [`GenerateError::Client`] if the client library refuses.
+    pub fn set_away(&self, is_away: bool) -> Result<(), GenerateError> {
+        /// The only broker of the cluster.
+        const BROKER_ID: i32 = 1;
+        let cluster = self.owner.client().mock_cluster().expect("the cluster lives as long as its client");
+        let set = if is_away { cluster.broker_down(BROKER_ID) } else { cluster.broker_up(BROKER_ID) };
+        set.map_err(|error| client_error("taking the in-process broker away", &self.bootstrap, error))
+    }
+
     /// Most generated records that may be sent before they are read, so that none is dropped. Counts on no
     /// compression; the lz4 of [`Sender`](super::Sender) makes about 130 bytes of a record's 400.
     pub fn wave_records_max(topics: &Topics, partitions_per_topic: u32) -> u64 {

@@ -65,6 +65,7 @@ table = "demo.notifications"
 partition_by = ["day(event_time)"]
 catalog = {{ type = "sql", uri = {catalog_uri}, warehouse = {warehouse} }}
 dead_letters = {{ table = "demo.notifications_dead_letters", max_ratio = 0.1 }}
+maintenance = {{ max_snapshots = 1_000_000 }}   # the demo adds up the whole history at its end
 "#,
         state_dir = text(below("state")),
         topics = topics.join(", "),

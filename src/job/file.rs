@@ -43,12 +43,13 @@ use ::iceberg::spec::PrimitiveType;
 use self::problem::PROBLEMS_MAX;
 pub use self::problem::{JobErrors, Problem};
 use self::reader::{Desk, Section};
-use self::tree::{Environment, JOB_FILE_BYTES_MAX};
+use self::tree::{Environment, JOB_FILE_BYTES_MAX, has_user_info};
 use super::{
-    AHEAD_MAX_DEFAULT, ALLOWED_LATENESS_DEFAULT, BeyondWindow, BucketFrom, Dedup, EventTimeRule,
-    IDLE_AFTER_DEFAULT, IdKind, JOB_FORMAT_VERSION, Job, LatePolicy, MEMORY_BYTES_DEFAULT, MicrobatchLimits,
-    OPEN_TIME_MAX_DEFAULT, PAYLOAD_BYTES_MAX_DEFAULT, RECORDS_MAX_DEFAULT, Repeats, SHARDS_DEFAULT,
-    SHARDS_MAX, STATE_DIR_DEFAULT, WATERMARK_DELAY_DEFAULT, WINDOW_DEFAULT,
+    AHEAD_MAX_DEFAULT, ALLOWED_LATENESS_DEFAULT, BeyondWindow, BucketFrom, COPY_RATE_DEFAULT, Dedup,
+    EventTimeRule, IDLE_AFTER_DEFAULT, IdKind, JOB_FORMAT_VERSION, Job, LatePolicy, MEMORY_BYTES_DEFAULT,
+    MicrobatchLimits, OPEN_TIME_MAX_DEFAULT, OnMissingKeys, PAYLOAD_BYTES_MAX_DEFAULT, RECORDS_MAX_DEFAULT,
+    Repeats, SHARDS_DEFAULT, SHARDS_MAX, STATE_DIR_DEFAULT, StateCopies, WATERMARK_DELAY_DEFAULT,
+    WINDOW_DEFAULT,
 };
 
 /// A job file's text and what the command line lays over it.
@@ -210,6 +211,7 @@ fn read_job(mut root: Section<'_, '_>) -> Job {
     let name = read_name(&mut root);
     let memory_bytes = root.get("memory").and_then(|field| field.size()).unwrap_or(MEMORY_BYTES_DEFAULT);
     let state_dir = read_state_dir(&mut root);
+    let state_copies = read_state_copies(root.table("state"));
 
     let mut source_section = root.table("source");
     source_section.not_built("rabbitmq", "[source.rabbitmq]; only [source.kafka] can be read");
@@ -240,7 +242,18 @@ fn read_job(mut root: Section<'_, '_>) -> Job {
     root.not_built("enrich", "[enrich]; join when reading the table");
     root.not_built("inputs", "[inputs]; a job reads the topics of [source.kafka] alone");
     root.finish();
-    Job { name, memory_bytes, state_dir, source, decode: decoded.decode, event_time, dedup, microbatch, sink }
+    Job {
+        name,
+        memory_bytes,
+        state_dir,
+        state_copies,
+        source,
+        decode: decoded.decode,
+        event_time,
+        dedup,
+        microbatch,
+        sink,
+    }
 }
 
 fn read_name(root: &mut Section<'_, '_>) -> String {
@@ -267,6 +280,40 @@ fn read_state_dir(root: &mut Section<'_, '_>) -> PathBuf {
     PathBuf::from(path)
 }
 
+/// `[state]`: where copies of the state go, and how fast.
+fn read_state_copies(mut section: Section<'_, '_>) -> Option<StateCopies> {
+    const EXPECTED: &str = "a folder, file:///path or s3://bucket/path";
+    let mut bytes_per_second = COPY_RATE_DEFAULT;
+    if let Some(field) = section.get("copy_rate") {
+        bytes_per_second = field.size().unwrap_or(COPY_RATE_DEFAULT);
+        if bytes_per_second == 0 {
+            field
+                .wrong("copy_rate is 0: nothing would ever be copied")
+                .expecting("bytes in a second, as in \"32 MiB\"");
+        }
+    }
+    let copies = section.get("copy_to").and_then(|field| {
+        // Nowhere, as a variable without a value says it.
+        let text = field.text_expecting(EXPECTED).filter(|text| !text.is_empty())?;
+        let (scheme, path) = text.split_once("://").unwrap_or(("file", text));
+        if path.trim_matches('/').is_empty() || text.contains('\0') {
+            field.wrong("copy_to names no folder").expecting(EXPECTED);
+        } else if has_user_info(text) {
+            field.wrong("copy_to holds a name or password").hinting(
+                "the credentials of the warehouse are used: s3.access-key-id and the like in sink.iceberg.catalog",
+            );
+        } else if !matches!(scheme, "file" | "s3" | "s3a" | "s3n") {
+            field.wrong(format!("copy_to is {}", field.shown())).expecting(EXPECTED);
+        } else {
+            iceberg::check_path(&field, path);
+        }
+        let to = text.trim_end_matches('/').to_owned();
+        Some(StateCopies { to, bytes_per_second })
+    });
+    section.finish();
+    copies
+}
+
 fn read_dedup(section: Option<Section<'_, '_>>, types: &BTreeMap<String, Option<PrimitiveType>>) -> Dedup {
     let mut dedup = Dedup {
         key: Vec::new(),
@@ -275,6 +322,7 @@ fn read_dedup(section: Option<Section<'_, '_>>, types: &BTreeMap<String, Option<
         shards: SHARDS_DEFAULT,
         bucket_from: BucketFrom::EventTime,
         beyond_window: BeyondWindow::Check,
+        on_missing_keys: OnMissingKeys::Stop,
     };
     let Some(mut section) = section else { return dedup };
     if let Some(field) = section.need("key", "an array of columns: [\"event_id\"]") {
@@ -319,9 +367,12 @@ fn read_dedup(section: Option<Section<'_, '_>>, types: &BTreeMap<String, Option<
         }
     }
     if let Some(field) = section.get("beyond_window") {
-        let later = [("side", "\"check\" reads the bucket of such an event from the table")];
-        dedup.beyond_window =
-            field.choice(&[("check", BeyondWindow::Check)], &later).unwrap_or(BeyondWindow::Check);
+        let words = [("check", BeyondWindow::Check), ("side", BeyondWindow::Side)];
+        dedup.beyond_window = field.choice(&words, &[]).unwrap_or(BeyondWindow::Check);
+    }
+    if let Some(field) = section.get("on_missing_keys") {
+        let words = [("stop", OnMissingKeys::Stop), ("accept", OnMissingKeys::Accept)];
+        dedup.on_missing_keys = field.choice(&words, &[]).unwrap_or(OnMissingKeys::Stop);
     }
     dedup.bucket_from = read_bucket_from(&mut section, &dedup, types);
     section.finish();
@@ -420,11 +471,8 @@ fn read_event_time(
         }
     }
     if let Some(field) = section.get("late") {
-        let later = [
-            ("side", "\"keep\" writes late rows to the main table and counts them"),
-            ("drop", "\"keep\" writes late rows to the main table and counts them"),
-        ];
-        rule.late = field.choice(&[("keep", LatePolicy::Keep)], &later).unwrap_or(LatePolicy::Keep);
+        let words = [("keep", LatePolicy::Keep), ("side", LatePolicy::Side), ("drop", LatePolicy::Drop)];
+        rule.late = field.choice(&words, &[]).unwrap_or(LatePolicy::Keep);
     }
     if let Some(field) = section.get("max_ahead") {
         rule.ahead_max = field.duration().unwrap_or(AHEAD_MAX_DEFAULT);

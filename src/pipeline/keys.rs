@@ -1,7 +1,8 @@
 //! Keys of rows, the same for rows that were just decoded and for rows that a table gives back: fingerprint, and the
 //! time that says which bucket of the dedup state a key belongs to.
 
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
+use arrow::compute::filter_record_batch;
 use arrow::datatypes::{Schema, TimestampMicrosecondType};
 
 use super::survey;
@@ -94,6 +95,50 @@ impl KeyMaker {
         };
         let key = |(fingerprint, event_time)| Key { fingerprint, event_time };
         Ok(fingerprints.into_iter().zip(times).map(key).collect())
+    }
+
+    /// Keys of rows that others wrote. A row without a value in a key column, or without a time, has no key: no event of
+    /// ours can repeat it.
+    ///
+    /// # Errors
+    /// `UNEXPECTED`: the columns are not those of the table's schema.
+    pub(super) fn of_rows_of_others(&self, rows: &RecordBatch) -> Result<Vec<Key>, Stop> {
+        let unexpected = |what: String| Stop::new(Reason::Unexpected, what, "please report this");
+        let columns = self.table_columns();
+        let whole = |row: usize| {
+            columns.iter().all(|name| rows.column_by_name(name).is_some_and(|column| column.is_valid(row)))
+        };
+        let mask: BooleanArray = (0..rows.num_rows()).map(|row| Some(whole(row))).collect();
+        let rows = filter_record_batch(rows, &mask).map_err(|error| unexpected(error.to_string()))?;
+        if rows.num_rows() == 0 {
+            return Ok(Vec::new());
+        }
+        let fingerprints = self.encoder.encode(&rows).map_err(|error| unexpected(error.to_string()))?;
+        let times: Vec<Option<EventTimeMs>> = match &self.bucket_from {
+            BucketFrom::EventTime => {
+                let times = event_times(&rows, &self.event_time_column);
+                times
+                    .ok_or_else(|| unexpected("a row has no event time".to_owned()))?
+                    .into_iter()
+                    .map(Some)
+                    .collect()
+            }
+            BucketFrom::Id { kind, column } => id_time::times_of(&rows, column, *kind).map_err(unexpected)?,
+        };
+        let key = |(fingerprint, time): (Fingerprint, Option<EventTimeMs>)| {
+            time.map(|event_time| Key { fingerprint, event_time })
+        };
+        Ok(fingerprints.into_iter().zip(times).filter_map(key).collect())
+    }
+}
+
+/// Event times of rows that may have none.
+pub(super) fn optional_event_times(rows: &RecordBatch, column: &str) -> Vec<Option<EventTimeMs>> {
+    let times =
+        rows.column_by_name(column).and_then(|column| column.as_primitive_opt::<TimestampMicrosecondType>());
+    match times {
+        Some(times) => times.iter().map(|micros| micros.map(EventTimeMs::from_micros)).collect(),
+        None => vec![None; rows.num_rows()],
     }
 }
 

@@ -13,25 +13,33 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arrow::array::{ArrayRef, BooleanArray, RecordBatch};
-use arrow::compute::filter_record_batch;
+use arrow::array::{ArrayRef, RecordBatch};
 use iceberg::spec::DataFile;
 use iceberg::table::Table;
 use uuid::Uuid;
 
-use super::rebuild::{load, total};
-use super::report::{Event, Report};
+use super::lanes::LaneReader;
+use super::late::{Fate, Judged, rows_where, with_late_columns};
+use super::owner::Owner;
+use super::rebuild::load;
+use super::report::{Event, Report, Unheard};
+use super::requests;
 use super::session::{Session, complete_since};
+use super::state::KeyState;
 use super::stops;
-use crate::commit::ledger::{BucketRecord, Cursor, EraRecord, Kind, LIVE_LANE, LedgerRecord, Tail};
+use super::world::Outside;
+use crate::commit::ledger::{LIVE_LANE, LedgerRecord, Tail};
+use crate::commit::side::Role;
 use crate::counts::Counts;
-use crate::decode::{Decoded, metadata};
-use crate::dedup::{self, BucketTally, Era, GenerationName, Key, StoreError, Verdict};
+use crate::decode::{DecodeError, Decoded, metadata};
+use crate::dedup::{Key, Verdict};
 use crate::event_time::EventTimeMs;
-use crate::job::{BRAKE_RECORDS_MIN, BucketFrom};
+use crate::job::{BRAKE_RECORDS_MIN, BeyondWindow, BucketFrom};
 use crate::lateness::TimeVerdict;
 use crate::letter::{DeadLetter, ReasonCode};
+use crate::mutant;
 use crate::offset::{Place, TopicId};
+use crate::protocol::{Built, Cut, Life, Reached};
 use crate::record::RecordChunk;
 use crate::sink::dead_letters::{self, LetterPlace};
 use crate::sink::scan::ScanError;
@@ -40,137 +48,203 @@ use crate::source::{ReadLimits, ReadStatus};
 use crate::stop::{Reason, Stop};
 
 /// Longest wait for records before a signal is looked for.
-const READ_TURN_MAX: Duration = Duration::from_millis(250);
+pub(super) const READ_TURN_MAX: Duration = Duration::from_millis(250);
 /// Reasons that a tripped brake names.
 const BRAKE_REASONS_SHOWN: usize = 3;
 
-/// A microbatch that landed.
-pub(super) struct Landed {
-    pub(super) counts: Counts,
-    batch: u64,
-    snapshot_id: i64,
-    data_files: usize,
-    sends: u32,
-    lag: u64,
-    watermark: Option<EventTimeMs>,
-    complete_since: Option<String>,
-    buckets_lent: u64,
-}
-
-impl Landed {
-    pub(super) fn event(&self) -> Event {
-        Event::Commit {
-            batch: self.batch,
-            counts: self.counts,
-            snapshot_id: self.snapshot_id,
-            data_files: self.data_files,
-            sends: self.sends,
-            lag: self.lag,
-            watermark: self.watermark.map(|time| time.to_string()),
-            complete_since: self.complete_since.clone(),
-            buckets_lent: self.buckets_lent,
-        }
-    }
-}
-
-/// What the ledger will say of a microbatch.
-#[derive(Debug, Clone, Copy)]
-struct Cut {
-    number: u64,
+/// A microbatch in the making.
+pub(super) struct Open {
+    pub(super) number: u64,
     attempt: Uuid,
     cut_time_ms: i64,
-    counts: Counts,
-}
-
-/// A microbatch in the making.
-struct Open {
-    cut: Cut,
+    pub(super) counts: Counts,
     payload_bytes: u64,
     /// When it closes whatever it holds; `None` before its first record.
     due: Option<Instant>,
     main: TableWriter,
-    dead: TableWriter,
+    /// Of the side tables that the job has.
+    pub(super) sides: BTreeMap<Role, TableWriter>,
     /// By reason: how often, and the first place.
     refused: BTreeMap<ReasonCode, (u64, Place, String)>,
     /// Buckets read from the table for it.
-    buckets_lent: u64,
+    pub(super) buckets_lent: u64,
     first_byte: bool,
+    /// Data files of the main table.
+    pub(super) data_files: usize,
 }
 
 impl Open {
-    fn is_due(&self) -> bool {
-        self.due.is_some_and(|due| Instant::now() >= due)
-    }
-}
-
-/// A microbatch whose files and state are durable: only the commit is missing.
-struct Built {
-    next: LedgerRecord,
-    files: Vec<DataFile>,
-}
-
-impl Session<'_> {
-    /// Reads, decides, writes and commits one microbatch.
-    pub(super) async fn microbatch(
-        &mut self,
-        consumed_before: u64,
-        report: &mut dyn Report,
-    ) -> Result<Landed, Stop> {
-        let mut open = self.begin()?;
-        match self.build(&mut open, consumed_before, report).await {
-            Ok(built) => self.commit_batch(open.cut, built, open.buckets_lent).await,
-            Err(stop) => {
-                self.drop_batch(open).await;
-                Err(stop)
-            }
-        }
-    }
-
-    /// Everything before the commit is sent: until then the batch can be dropped without a trace.
-    async fn build(
-        &mut self,
-        open: &mut Open,
-        consumed_before: u64,
-        report: &mut dyn Report,
-    ) -> Result<Built, Stop> {
-        self.fill(open, consumed_before, report).await?;
-        self.check(open)?;
-        self.prepare(open).await
-    }
-
-    /// Nothing was sent, so nothing can name these files.
-    async fn drop_batch(&mut self, open: Open) {
-        self.store.abandon();
-        for writer in [open.main, open.dead] {
+    /// Deletes the files of a microbatch that was never sent, as far as that works.
+    pub(super) async fn discard(self) {
+        for writer in std::iter::once(self.main).chain(self.sides.into_values()) {
             if let Err(error) = writer.abort().await {
                 tracing::warn!(%error, "files of a dropped batch are left to an orphan clean-up");
             }
         }
     }
 
-    fn begin(&mut self) -> Result<Open, Stop> {
+    /// Whether the time from its first record is up.
+    fn is_due(&self) -> bool {
+        self.due.is_some_and(|due| Instant::now() >= due)
+    }
+
+    /// Whether its commit would give a table rows.
+    fn has_rows(&self) -> bool {
+        self.counts.written > 0 || self.counts.dead_letter > 0
+    }
+}
+
+/// A run's microbatches, and what it tells of them.
+pub(super) struct Run<'r, 'a> {
+    pub(super) session: &'r mut Session<'a>,
+    pub(super) report: &'r mut dyn Report,
+    /// Outcomes of the microbatches that landed.
+    pub(super) counts: Counts,
+    /// How many landed.
+    pub(super) batches: u64,
+    /// Whether a continuous run found other topics than those it began with.
+    pub(super) topics_changed: bool,
+    /// When a continuous run loaded its table last to see what others ask.
+    pub(super) requests_seen_at: Instant,
+    open: Option<Open>,
+}
+
+impl<'r, 'a> Run<'r, 'a> {
+    /// `counts` and `batches` are those of lives before in this process.
+    pub(super) fn new(
+        session: &'r mut Session<'a>,
+        report: &'r mut dyn Report,
+        counts: Counts,
+        batches: u64,
+    ) -> Self {
+        Self {
+            session,
+            report,
+            counts,
+            batches,
+            topics_changed: false,
+            requests_seen_at: Instant::now(),
+            open: None,
+        }
+    }
+
+    /// Whether the microbatch that is open is the last of those that the run may take.
+    pub(super) fn is_last_batch(&self) -> bool {
+        self.session.options.batches_max.is_some_and(|most| self.batches + 1 >= most)
+    }
+
+    /// Whether the run was asked to end, by a signal, its time or its number of microbatches.
+    pub(super) fn is_ending(&self) -> bool {
+        let most = self.session.options.batches_max;
+        self.session.options.is_ending() || most.is_some_and(|most| self.batches >= most)
+    }
+}
+
+impl<'a> Life for Run<'_, 'a> {
+    type World = Outside<'a>;
+    type State = KeyState;
+
+    fn owner(&mut self) -> &mut Owner<'a> {
+        &mut self.session.owner
+    }
+
+    fn state(&mut self) -> &mut KeyState {
+        &mut self.session.state
+    }
+
+    fn has_more(&self) -> bool {
+        self.session.has_more() && !self.is_ending()
+    }
+
+    async fn turn(&mut self) -> Result<bool, Stop> {
+        requests::take(&mut self.session.owner, self.report).await?;
+        Ok(!self.is_ending() && self.session.choose_lane(None, self.report).await?)
+    }
+
+    async fn maintain(&mut self) -> Result<(), Stop> {
+        self.session.maintain_if_due(self.report).await
+    }
+
+    async fn build(&mut self) -> Result<Option<Built<DataFile>>, Stop> {
+        let open = self.open.insert(self.session.begin()?);
+        self.session.fill(open, self.counts.consumed, self.report).await?;
+        if open.counts.consumed == 0 && self.session.options.is_ending() {
+            return Ok(None);
+        }
+        self.session.check(open)?;
+        self.session.finish(open).await.map(Some)
+    }
+
+    async fn commit(&mut self, next: LedgerRecord, files: Vec<DataFile>) -> Result<u32, Stop> {
+        self.commit_beside_reading(next, files).await
+    }
+
+    async fn discard(&mut self) {
+        crate::crash_point!("batch_to_drop");
+        let Some(open) = self.open.take() else { return };
+        open.discard().await;
+        crate::crash_point!("batch_dropped");
+    }
+
+    fn landed(&mut self, cut: Cut, sends: u32) {
+        let Some(open) = self.open.take() else { return };
+        crate::crash_point!("state_swept");
+        let lag = self.session.lag();
+        self.session.lanes.landed(&self.session.owner.record);
+        self.session.copy_state();
+        if cut.lane == LIVE_LANE {
+            self.session.tell_lag_tools();
+        }
+        crate::crash_point!("lag_tools_told");
+        self.session.watch.landed(self.report);
+        self.session.buckets_lent += open.buckets_lent;
+        self.counts.add(&cut.counts);
+        self.batches += 1;
+        let owner = &self.session.owner;
+        self.report.event(&Event::Commit {
+            batch: cut.number,
+            counts: cut.counts,
+            snapshot_id: owner.main.metadata().current_snapshot_id().unwrap_or_default(),
+            data_files: open.data_files,
+            sends,
+            lag,
+            lane: Some(cut.lane).filter(|lane| lane != LIVE_LANE),
+            watermark: cut.watermark.map(|time| time.to_string()),
+            complete_since: complete_since(&owner.record),
+            buckets_lent: open.buckets_lent,
+        });
+    }
+}
+
+impl Session<'_> {
+    pub(super) fn begin(&mut self) -> Result<Open, Stop> {
         let attempt = Uuid::now_v7();
-        let key = &self.owner.loaded.job.dedup.key;
-        let (main_bytes, dead_bytes) = (self.memory.writer * 3 / 4, self.memory.writer / 4);
-        let (main, dead) = (&self.owner.main, &self.owner.dead);
-        let main =
-            TableWriter::new(main, attempt, main_bytes, key).map_err(|error| unwritten(main, error))?;
-        let dead =
-            TableWriter::new(dead, attempt, dead_bytes, &[]).map_err(|error| unwritten(dead, error))?;
+        let key = &self.owner.world.loaded.job.dedup.key;
+        let main_bytes = self.memory.writer * 3 / 4;
+        let side_bytes = self.memory.writer / 4 / self.owner.sides.len().max(1) as u64;
+        let writer = |table: &Table, bytes, key: &[String]| {
+            TableWriter::new(table, attempt, bytes, key).map_err(|error| unwritten(table, error))
+        };
+        let state_dir = &self.owner.world.loaded.job.state_dir;
+        let main = writer(&self.owner.main, main_bytes, key)?.waiting_in(state_dir);
+        let mut sides = BTreeMap::new();
+        for (role, table) in &self.owner.sides {
+            let key: &[String] = if role.holds_keys() { key } else { &[] };
+            sides.insert(*role, writer(table, side_bytes, key)?);
+        }
         Ok(Open {
-            cut: Cut {
-                number: self.owner.record.batch + 1,
-                attempt,
-                cut_time_ms: chrono::Utc::now().timestamp_millis(),
-                counts: Counts::default(),
-            },
+            number: self.owner.record.batch + mutant!("batch-number-skips", 2 => 1),
+            attempt,
+            cut_time_ms: chrono::Utc::now().timestamp_millis(),
+            counts: Counts::default(),
             payload_bytes: 0,
             due: None,
             main,
-            dead,
+            sides,
             refused: BTreeMap::new(),
             buckets_lent: 0,
             first_byte: false,
+            data_files: 0,
         })
     }
 
@@ -181,115 +255,198 @@ impl Session<'_> {
         consumed_before: u64,
         report: &mut dyn Report,
     ) -> Result<(), Stop> {
-        let mut chunk = RecordChunk::default();
         self.options.phases.reach("read");
+        let mut chunk = RecordChunk::default();
+        if let Some(ahead) = self.ahead.take() {
+            open.due = Some(ahead.since + self.owner.world.loaded.job.microbatch.open_time_max);
+            self.watch.source_answers(report);
+            open.payload_bytes += ahead.chunk.payload_bytes() as u64;
+            self.take_chunk(open, &ahead.chunk, ahead.decoded).await?;
+        }
         while let Some(limits) = self.next_chunk_limits(open) {
             chunk.clear();
-            self.read_chunk(open, &mut chunk, limits)?;
+            self.read_chunk(open, &mut chunk, limits, report)?;
             if !chunk.is_empty() {
+                self.watch.source_answers(report);
                 open.payload_bytes += chunk.payload_bytes() as u64;
-                self.probe_batch(open, &chunk).await?;
+                let outside = self.lanes.served().drop_outside(&mut chunk);
+                open.counts.consumed += outside;
+                open.counts.outside_range += outside;
+            }
+            if !chunk.is_empty() {
+                let decoded = self.decode(&chunk)?;
+                self.take_chunk(open, &chunk, decoded).await?;
             }
             report.event(&Event::Progress {
-                batch: open.cut.number,
-                consumed: consumed_before + open.cut.counts.consumed,
+                batch: open.number,
+                consumed: consumed_before + open.counts.consumed,
                 lag: self.lag(),
+                lane: Some(&self.lanes.served().lane).filter(|_| !self.lanes.served().is_live()).cloned(),
             });
         }
         Ok(())
     }
 
-    /// Bounds of the next probe batch; `None` when the microbatch is to be closed.
-    fn next_chunk_limits(&self, open: &Open) -> Option<ReadLimits> {
-        let limits = &self.owner.loaded.job.microbatch;
-        let records_left = limits.records_max.saturating_sub(open.cut.counts.consumed);
-        let bytes_left = limits.payload_bytes_max.saturating_sub(open.payload_bytes);
-        let keys_full = self.store.pending_bytes() >= self.memory.pending_bytes_max();
-        let full = records_left == 0 || bytes_left == 0 || keys_full;
+    pub(super) fn decode(&mut self, chunk: &RecordChunk) -> Result<Decoded, Stop> {
+        self.decoder.decode(chunk, &self.lanes.served().slots).map_err(undecodable)
+    }
+
+    /// A probe batch that was read: goes through every stage.
+    async fn take_chunk(
+        &mut self,
+        open: &mut Open,
+        chunk: &RecordChunk,
+        decoded: Decoded,
+    ) -> Result<(), Stop> {
+        if self.options.continuous {
+            // A batch may wait long for its first record: what is believed of a clock is held against the time of
+            // reading. In a drain that of the cut is later than every record.
+            open.cut_time_ms = open.cut_time_ms.max(chrono::Utc::now().timestamp_millis());
+        }
+        self.probe_batch(open, chunk, decoded).await
+    }
+
+    /// Bounds of a microbatch's first probe batch.
+    pub(super) fn first_chunk_limits(&self) -> ReadLimits {
+        let limits = &self.owner.world.loaded.job.microbatch;
+        self.chunk_limits(limits.records_max, limits.payload_bytes_max)
+    }
+
+    /// Bounds of a probe batch of a microbatch that may take so much more.
+    fn chunk_limits(&self, records_left: u64, bytes_left: u64) -> ReadLimits {
         let bounded = |left: u64, most: u64| usize::try_from(left.min(most)).unwrap_or(usize::MAX);
-        (!full && !self.exhausted() && !open.is_due()).then(|| ReadLimits {
+        ReadLimits {
             records_max: bounded(records_left, self.memory.probe_records_max()),
             bytes_max: bounded(bytes_left, self.memory.probe_payload_bytes_max()),
             deadline: Instant::now(),
-        })
+        }
+    }
+
+    /// Bounds of the next probe batch; `None` when the microbatch is to be closed.
+    fn next_chunk_limits(&self, open: &Open) -> Option<ReadLimits> {
+        let limits = &self.owner.world.loaded.job.microbatch;
+        let records_left = limits.records_max.saturating_sub(open.counts.consumed);
+        let bytes_left = limits.payload_bytes_max.saturating_sub(open.payload_bytes);
+        let keys_full = self.state.store.pending_bytes() >= self.memory.pending_bytes_max();
+        let full = records_left == 0 || bytes_left == 0 || keys_full;
+        let is_over = full || self.exhausted() || self.is_due(open) || self.options.is_ending();
+        (!is_over).then(|| self.chunk_limits(records_left, bytes_left))
+    }
+
+    /// Whether an open microbatch is closed for its time. A continuous run keeps one that gives no table a row open until
+    /// a heartbeat is due, whose place its commit takes (R8).
+    fn is_due(&self, open: &Open) -> bool {
+        if !self.options.continuous || open.has_rows() || !self.lanes.served().is_live() {
+            return open.is_due();
+        }
+        chrono::Utc::now().timestamp_millis() >= self.owner.heartbeat_ms()
     }
 
     /// Reads until the chunk is at its bounds or the microbatch is due, in turns short enough that a signal is heard. A
-    /// microbatch's time begins with its first record.
+    /// microbatch's time begins with its first record. What was read when the run is asked to end still counts.
     fn read_chunk(
         &mut self,
         open: &mut Open,
         chunk: &mut RecordChunk,
         limits: ReadLimits,
+        report: &mut dyn Report,
     ) -> Result<(), Stop> {
         loop {
-            if self.options.interrupted() {
-                return Err(stops::interrupted());
-            }
             let turn_end = Instant::now() + READ_TURN_MAX;
-            let deadline = open.due.map_or(turn_end, |due| due.min(turn_end));
-            let status =
-                self.reader.read(chunk, ReadLimits { deadline, ..limits }).map_err(stops::reading)?;
+            let due = open.due.filter(|due| *due > Instant::now());
+            let deadline = due.map_or(turn_end, |due| due.min(turn_end));
+            let reader = &mut self.lanes.served_mut().reader;
+            let status = match reader.read(chunk, ReadLimits { deadline, ..limits }) {
+                Ok(status) => status,
+                Err(error) if self.options.continuous && error.reason() == Reason::SourceAway => {
+                    self.sit_out(&error, report)?;
+                    ReadStatus::DeadlinePassed
+                }
+                Err(error) => return Err(stops::reading(error)),
+            };
             if open.due.is_none() && !chunk.is_empty() {
-                open.due = Some(Instant::now() + self.owner.loaded.job.microbatch.open_time_max);
+                open.due = Some(Instant::now() + self.owner.world.loaded.job.microbatch.open_time_max);
             }
-            if status != ReadStatus::DeadlinePassed || open.is_due() {
+            // Rows that wait in the chunk are not known to be new before they are probed.
+            let waits = !chunk.is_empty() && open.is_due();
+            if status != ReadStatus::DeadlinePassed || waits || self.is_due(open) || self.options.is_ending()
+            {
                 return Ok(());
             }
         }
     }
 
     /// One probe batch through every stage.
-    async fn probe_batch(&mut self, open: &mut Open, chunk: &RecordChunk) -> Result<(), Stop> {
-        let mut decoded = self.decoder.decode(chunk, &self.slots).map_err(|error| {
-            let way_out = "nothing of this batch is visible; lower memory, which makes chunks smaller";
-            Stop::new(Reason::Unexpected, "records can not be decoded", way_out).because(error)
-        })?;
-        open.cut.counts.consumed += decoded.consumed;
+    async fn probe_batch(
+        &mut self,
+        open: &mut Open,
+        chunk: &RecordChunk,
+        decoded: Decoded,
+    ) -> Result<(), Stop> {
+        let (decoded, judged, letters) = self.probe(open, chunk, decoded).await?;
+        self.write_rows(open, &decoded, &judged).await?;
+        self.write_letters(open, letters).await
+    }
+
+    /// One probe batch judged and probed; nothing of it is written yet.
+    pub(super) async fn probe(
+        &mut self,
+        open: &mut Open,
+        chunk: &RecordChunk,
+        mut decoded: Decoded,
+    ) -> Result<(Decoded, Judged, Vec<DeadLetter>), Stop> {
+        open.counts.consumed += decoded.consumed;
+        crate::crash_point!("rows_decoded");
         let id_times = self.keys.id_times(&decoded.rows)?;
-        let (kept, mut letters) = self.judge_time(open, chunk, &decoded, id_times.as_deref());
+        let (mut judged, mut letters) = self.judge_time(open, chunk, &decoded, id_times.as_deref());
         letters.append(&mut decoded.letters);
         // The bucket of a key is told by its id where ids tell the time; rows whose id does not were refused.
         let bucket_times: Vec<EventTimeMs> = match &id_times {
             Some(times) => times.iter().map(|time| time.unwrap_or(EventTimeMs(0))).collect(),
             None => decoded.event_times.clone(),
         };
-        let first_seen = self.drop_repeats(open, &decoded, kept, &bucket_times).await?;
-        self.write_rows(open, &decoded, &first_seen).await?;
-        self.write_letters(open, letters).await
+        self.drop_repeats(open, &decoded, &mut judged, &bucket_times).await?;
+        Ok((decoded, judged, letters))
     }
 
-    /// Which rows go on, and letters for those too far ahead, and for those whose id should tell the time and does not.
-    /// A row that is refused moves no watermark.
+    /// Where rows are to go, and letters for those too far ahead, and for those whose id should tell the time and does not.
+    /// A row that is refused moves no watermark, and a late one none either.
     fn judge_time(
         &mut self,
         open: &mut Open,
         chunk: &RecordChunk,
         decoded: &Decoded,
         id_times: Option<&[Option<EventTimeMs>]>,
-    ) -> (Vec<bool>, Vec<DeadLetter>) {
+    ) -> (Judged, Vec<DeadLetter>) {
+        let policy = self.owner.world.loaded.job.event_time.late;
         let mut letters = Vec::new();
-        let mut kept = Vec::with_capacity(decoded.places.len());
+        let mut judged = Judged::of_none(decoded.places.len());
         for (row, place) in decoded.places.iter().enumerate() {
             let (time, timestamp) = (decoded.event_times[row], decoded.timestamps_ms[row]);
             if let Some(times) = id_times
-                && let Some((code, text)) = self.judge_id(times[row], timestamp, open.cut.cut_time_ms)
+                && let Some((code, text)) = self.judge_id(times[row], timestamp, open.cut_time_ms)
             {
                 letters.push(decoded.letter_for(chunk, row, code, &text));
-                kept.push(false);
                 continue;
             }
-            let verdict = self.lateness.judge(place.slot, time, timestamp, open.cut.cut_time_ms);
-            if let TimeVerdict::Ahead { limit } = verdict {
-                let text = format!(
-                    "event time {time} is ahead of {limit}, the latest that event_time.max_ahead believes of this record"
-                );
-                letters.push(decoded.letter_for(chunk, row, ReasonCode::EventTimeAhead, &text));
+            let verdict =
+                self.lanes.served_mut().lateness.judge(place.slot, time, timestamp, open.cut_time_ms);
+            match verdict {
+                TimeVerdict::OnTime => judged.fates[row] = Fate::Main,
+                TimeVerdict::Late { watermark } => {
+                    judged.late(row, watermark, policy);
+                    open.counts.late += 1;
+                    open.counts.late_dropped += u64::from(judged.fates[row] == Fate::Nowhere);
+                }
+                TimeVerdict::Ahead { limit } => {
+                    let text = format!(
+                        "event time {time} is ahead of {limit}, the latest that event_time.max_ahead believes of this record"
+                    );
+                    letters.push(decoded.letter_for(chunk, row, ReasonCode::EventTimeAhead, &text));
+                }
             }
-            open.cut.counts.late += u64::from(verdict == TimeVerdict::Late);
-            kept.push(!matches!(verdict, TimeVerdict::Ahead { .. }));
         }
-        (kept, letters)
+        (judged, letters)
     }
 
     /// Why a row is refused for the time in its id, if it is.
@@ -299,12 +456,14 @@ impl Session<'_> {
         timestamp_ms: Option<i64>,
         cut_time_ms: i64,
     ) -> Option<(ReasonCode, String)> {
-        let BucketFrom::Id { kind, column } = &self.owner.loaded.job.dedup.bucket_from else { return None };
+        let BucketFrom::Id { kind, column } = &self.owner.world.loaded.job.dedup.bucket_from else {
+            return None;
+        };
         let Some(time) = time else {
             let text = format!("column {column}: no {} that tells its time", kind.name());
             return Some((ReasonCode::IdWithoutTime, text));
         };
-        let limit = self.lateness.limit(timestamp_ms, cut_time_ms);
+        let limit = self.lanes.served().lateness.limit(timestamp_ms, cut_time_ms);
         (time > limit).then(|| {
             let text = format!(
                 "column {column}: the id was made at {time}, ahead of {limit}, the latest that event_time.max_ahead \
@@ -317,75 +476,112 @@ impl Session<'_> {
     /// Reads the buckets of these keys that have left the state from the table, all in one scan, so that the probe can
     /// tell what is new in them (`beyond_window = "check"`).
     async fn lend(&mut self, open: &mut Open, keys: &[Key]) -> Result<(), Stop> {
-        let missing = self.store.missing_buckets(keys);
+        let missing = self.state.store.missing_buckets(keys);
         if missing.is_empty() {
             return Ok(());
         }
         let begun = Instant::now();
-        let (loan, rows) = load(&mut self.owner, &self.keys, &self.memory, &self.store, &missing).await?;
+        let (loan, read) =
+            load(&mut self.owner, &self.keys, &self.memory, &self.state.store, &missing, &mut Unheard)
+                .await?;
         tracing::info!(
             buckets = missing.len(),
-            rows,
+            rows = read.rows,
+            bytes = read.bytes,
             keys = loan.keys(),
             seconds = begun.elapsed().as_secs_f64(),
             "buckets beyond the window were read from the table"
         );
-        self.store.borrow(loan);
+        self.state.store.borrow(loan);
+        crate::crash_point!("bucket_lent");
         open.buckets_lent += missing.len() as u64;
+        self.bytes_lent += read.bytes;
         Ok(())
     }
 
-    /// Marks rows whose key was not seen before. Keys are probed in the order of their places, so that of two copies in
-    /// one probe batch the one at the lowest place wins (R2).
+    /// Lets rows whose key was seen before go nowhere. Keys are probed in the order of their places, so that of two copies
+    /// in one probe batch the one at the lowest place wins (R2). A row whose key can not be looked up without the tables is
+    /// set aside first, where the job says so.
     async fn drop_repeats(
         &mut self,
         open: &mut Open,
         decoded: &Decoded,
-        kept: Vec<bool>,
+        judged: &mut Judged,
         bucket_times: &[EventTimeMs],
-    ) -> Result<BooleanArray, Stop> {
+    ) -> Result<(), Stop> {
         let fingerprints = self.keys.fingerprints(&decoded.rows)?;
-        let mut order: Vec<usize> = (0..kept.len()).filter(|&row| kept[row]).collect();
-        order.sort_unstable_by_key(|&row| decoded.places[row]);
-        let keys: Vec<Key> = order
-            .iter()
-            .map(|&row| Key { fingerprint: fingerprints[row], event_time: bucket_times[row] })
-            .collect();
-        self.lend(open, &keys).await?;
-        let verdicts = self.store.probe(&keys).map_err(|error| self.state_failed(error))?;
-        let mut first_seen = vec![false; kept.len()];
-        for (&row, verdict) in order.iter().zip(&verdicts) {
-            first_seen[row] = *verdict == Verdict::New;
+        let is_kept =
+            |row: &usize| mutant!("refused-row-is-probed", true => judged.fates[*row] != Fate::Nowhere);
+        let mut order: Vec<usize> = (0..judged.fates.len()).filter(is_kept).collect();
+        mutant!("winner-by-arrival", () => order.sort_unstable_by_key(|&row| decoded.places[row]));
+        let key = |&row: &usize| Key { fingerprint: fingerprints[row], event_time: bucket_times[row] };
+        let mut keys: Vec<Key> = order.iter().map(key).collect();
+        match self.owner.world.loaded.job.dedup.beyond_window {
+            BeyondWindow::Check => self.lend(open, &keys).await?,
+            BeyondWindow::Side => {
+                let gone = self.state.store.are_unanswerable(&keys);
+                open.counts.late_side += judged.set_aside(&mut order, &gone);
+                keys = order.iter().map(key).collect();
+            }
         }
-        let new = verdicts.iter().filter(|verdict| **verdict == Verdict::New).count() as u64;
-        open.cut.counts.written += new;
-        open.cut.counts.duplicate += verdicts.len() as u64 - new;
-        Ok(BooleanArray::from(first_seen))
+        let verdicts = self.state.store.probe(&keys).map_err(|error| self.state.failed(error))?;
+        crate::crash_point!("keys_probed");
+        for (&row, verdict) in order.iter().zip(&verdicts) {
+            match (*verdict == Verdict::New, judged.fates[row]) {
+                (true, Fate::Late) => open.counts.late_side += 1,
+                (true, _) => open.counts.written += 1,
+                (false, _) => {
+                    judged.fates[row] = Fate::Nowhere;
+                    open.counts.duplicate += mutant!("repeats-not-counted", 0 => 1);
+                }
+            }
+        }
+        Ok(())
     }
 
-    async fn write_rows(
+    pub(super) async fn write_rows(
         &mut self,
         open: &mut Open,
         decoded: &Decoded,
-        first_seen: &BooleanArray,
+        judged: &Judged,
     ) -> Result<(), Stop> {
-        if first_seen.true_count() == 0 {
+        if judged.fates.iter().all(|fate| *fate == Fate::Nowhere) {
             return Ok(());
         }
         if !open.first_byte {
             open.first_byte = true;
             self.options.phases.reach("first_data_file_byte");
         }
-        let batch = i64::try_from(open.cut.number).expect("a batch number below 2^63");
-        let metadata =
-            metadata::metadata_columns(&self.slots, &decoded.places, &decoded.timestamps_ms, batch);
+        let batch = i64::try_from(open.number).expect("a batch number below 2^63");
+        let metadata = metadata::metadata_columns(
+            &self.lanes.served().slots,
+            &decoded.places,
+            &decoded.timestamps_ms,
+            batch,
+        );
         let rows = with_metadata(&decoded.rows, metadata)?;
-        let rows = filter_record_batch(&rows, first_seen).map_err(unexpected_arrow)?;
-        open.main.write(&rows).await.map_err(|error| unwritten(&self.owner.main, error))
+        let first_seen = rows_where(&rows, judged, |fate| fate == Fate::Main)?;
+        if first_seen.num_rows() > 0 {
+            open.main.write(&first_seen).await.map_err(|error| unwritten(&self.owner.main, error))?;
+        }
+        let is_late = |fate| matches!(fate, Fate::Late | Fate::Unproven);
+        if judged.fates.iter().any(|fate| is_late(*fate)) {
+            let late = rows_where(&with_late_columns(&rows, judged)?, judged, is_late)?;
+            let writer =
+                open.sides.get_mut(&Role::Late).expect("a job that puts rows aside has a late table");
+            let table = self.owner.side(Role::Late);
+            writer.write(&late).await.map_err(|error| unwritten(table, error))?;
+            crate::crash_point!("late_rows_written");
+        }
+        Ok(())
     }
 
     /// Letters that do not stand in the dead-letter table yet, once per place.
-    async fn write_letters(&mut self, open: &mut Open, mut letters: Vec<DeadLetter>) -> Result<(), Stop> {
+    pub(super) async fn write_letters(
+        &mut self,
+        open: &mut Open,
+        mut letters: Vec<DeadLetter>,
+    ) -> Result<(), Stop> {
         if letters.is_empty() {
             return Ok(());
         }
@@ -394,29 +590,39 @@ impl Session<'_> {
                 open.refused.entry(letter.code).or_insert_with(|| (0, letter.place, letter.text.clone()));
             entry.0 += 1;
         }
-        let table = self.owner.dead_ident.to_string();
+        let dead = self.owner.side(Role::DeadLetters);
+        let table = dead.identifier().to_string();
         let failed = |error: ScanError| {
             stops::data(format!("dead letters of table {table} can not be looked up"), error.reason(), error)
         };
         let slots = self.letter_slots();
         let places: Vec<LetterPlace> = letters.iter().map(|letter| LetterPlace::of(letter, &slots)).collect();
-        let known = dead_letters::known_places(&self.owner.dead, &places).await.map_err(failed)?;
+        let known = dead_letters::known_places(dead, &places).await.map_err(failed)?;
+        crate::crash_point!("letters_looked_up");
         let letters_count = letters.len() as u64;
         let mut is_known = known.iter();
         letters.retain(|_| !is_known.next().expect("one answer for each letter"));
-        open.cut.counts.dead_letter += letters.len() as u64;
-        open.cut.counts.dead_letter_known += letters_count - letters.len() as u64;
+        open.counts.dead_letter += letters.len() as u64;
+        open.counts.dead_letter_known += letters_count - letters.len() as u64;
         if letters.is_empty() {
             return Ok(());
         }
-        let rows = dead_letters::rows(&letters, &slots, open.cut.number).map_err(unexpected_arrow)?;
-        open.dead.write(&rows).await.map_err(|error| unwritten(&self.owner.dead, error))
+        let rows = dead_letters::rows(&letters, &slots, open.number).map_err(unexpected_arrow)?;
+        let writer = open.sides.get_mut(&Role::DeadLetters).expect("every job has a dead-letter table");
+        writer.write(&rows).await.map_err(|error| unwritten(dead, error))?;
+        crate::crash_point!("letters_written");
+        Ok(())
     }
 
     /// Topic partitions as dead letters name them. Where the broker gives no topic id, one is derived from the name.
     fn letter_slots(&self) -> Vec<dead_letters::Slot> {
+        if let Some(slots) = &self.letter_slots {
+            return slots.clone();
+        }
         let topics = &self.owner.record.topics;
-        self.slots
+        self.lanes
+            .served()
+            .slots
             .iter()
             .map(|name| dead_letters::Slot {
                 topic: name.topic.clone(),
@@ -432,15 +638,11 @@ impl Session<'_> {
 
     /// What must hold before anything is sent.
     fn check(&self, open: &Open) -> Result<(), Stop> {
-        assert!(
-            open.cut.counts.conserved(),
-            "every consumed row has exactly one outcome: {:?}",
-            open.cut.counts
-        );
-        let letters = open.cut.counts.dead_letter + open.cut.counts.dead_letter_known;
-        let ratio = letters as f64 / open.cut.counts.consumed.max(1) as f64;
-        let ratio_max = self.owner.loaded.job.sink.dead_letters.ratio_max;
-        if open.cut.counts.consumed >= BRAKE_RECORDS_MIN && ratio > ratio_max {
+        assert!(open.counts.conserved(), "every consumed row has exactly one outcome: {:?}", open.counts);
+        let letters = open.counts.dead_letter + open.counts.dead_letter_known;
+        let ratio = letters as f64 / open.counts.consumed.max(1) as f64;
+        let ratio_max = self.owner.world.loaded.job.sink.dead_letters.ratio_max;
+        if open.counts.consumed >= BRAKE_RECORDS_MIN && mutant!("brake-lets-go", false => ratio > ratio_max) {
             return Err(self.brake(open, letters, ratio, ratio_max));
         }
         Ok(())
@@ -453,7 +655,7 @@ impl Session<'_> {
             .iter()
             .take(BRAKE_REASONS_SHOWN)
             .map(|(code, (count, place, text))| {
-                let name = &self.slots[place.slot as usize];
+                let name = &self.lanes.served().slots[place.slot as usize];
                 format!(
                     "  {count} x {code}, first at {name} offset {} index {}: {text}",
                     place.offset, place.row_index
@@ -464,7 +666,7 @@ impl Session<'_> {
             Reason::Brake,
             format!(
                 "{letters} of {} rows are dead letters, {:.1} % where {:.1} % are allowed; most frequent:\n{}",
-                open.cut.counts.consumed,
+                open.counts.consumed,
                 ratio * 100.0,
                 ratio_max * 100.0,
                 shown.join("\n")
@@ -477,121 +679,80 @@ impl Session<'_> {
         )
     }
 
-    /// Steps 1 and 2 of the commit module: data files of all tables, then the generation, each durable.
-    async fn prepare(&mut self, open: &mut Open) -> Result<Built, Stop> {
-        let (main, dead) = (&self.owner.main, &self.owner.dead);
+    /// Closes the data files of all tables, durably, and says where the microbatch was cut.
+    pub(super) async fn finish(&mut self, open: &mut Open) -> Result<Built<DataFile>, Stop> {
+        let kept = self.lanes.loans_kept_after(&self.owner.record, self.watermark());
+        self.state.store.keep_loans(kept);
+        let main = &self.owner.main;
         let files = open.main.finish().await.map_err(|error| unwritten(main, error))?;
-        let dead_files = open.dead.finish().await.map_err(|error| unwritten(dead, error))?;
-        self.options.phases.reach("data_files_closed");
-        let name = GenerationName::new(self.owner.record.epoch, open.cut.number, open.cut.attempt);
-        if let Some(watermark) = self.watermark() {
-            self.store.expire_behind(watermark, self.owner.loaded.job.dedup.window);
-        }
-        let generation = self.store.prepare(name).map_err(|error| self.state_failed(error))?;
-        self.options.phases.reach("state_prepared");
-        let owed = (!dead_files.is_empty())
-            .then(|| writer::files_to_json(&dead_files, &self.owner.dead))
-            .transpose()
-            .map_err(|error| {
-                let what = format!("files of table {} can not be named in the ledger", self.owner.dead_ident);
+        crate::crash_point!("main_files_closed");
+        open.data_files = files.len();
+        let mut owed = BTreeMap::new();
+        for (role, writer) in &mut open.sides {
+            let table = self.owner.side(*role);
+            let files = writer.finish().await.map_err(|error| unwritten(table, error))?;
+            crate::crash_point!("side_files_closed");
+            if files.is_empty() {
+                continue;
+            }
+            let named = writer::files_to_json(&files, table).map_err(|error| {
+                let what = format!("files of table {} can not be named in the ledger", table.identifier());
                 stops::data(what, error.reason(), error)
             })?;
-        let mut next = self.next_record(open.cut, owed);
-        let total = total(self.store.buckets());
-        next.dedup.generation = Some(generation.name.to_string());
-        next.dedup.checksum = Some(generation.checksum);
-        next.dedup.floor = self.store.floor();
-        next.dedup.bucket_width_ms = self.store.bucket_width_ms();
-        next.dedup.eras = self.store.eras().iter().map(era_record).collect();
-        let since = self.store.complete_since();
-        next.dedup.complete_since = (since.0 > i64::MIN).then_some(since);
-        (next.dedup.keys, next.dedup.digest) = (total.keys, total.digest.to_string());
-        next.buckets = self.store.buckets().iter().map(bucket_record).collect();
-        Ok(Built { next, files })
-    }
-
-    /// A damaged file is set aside, so that the next start misses it and rebuilds the state, as its stop says.
-    fn state_failed(&self, error: StoreError) -> Stop {
-        let folder = super::survey::state_folder(&self.owner.loaded.job);
-        if let StoreError::Corrupt { file, .. } = &error
-            && let Err(error) = dedup::set_aside(&folder, file)
-        {
-            tracing::warn!(%error, file, "a damaged state file could not be set aside; delete it");
+            owed.insert(*role, named);
         }
-        stops::state(&folder, error)
-    }
-
-    /// Steps 3 to 5 of the commit module: main, side tables, publish.
-    async fn commit_batch(&mut self, cut: Cut, built: Built, buckets_lent: u64) -> Result<Landed, Stop> {
-        let Built { next, files } = built;
-        let (watermark, data_files) = (next.live().watermark, files.len());
-        let sends = self.owner.commit(next, files).await?;
-        self.owner.forward_sides().await?;
-        self.store.publish();
-        self.options.phases.reach("published");
-        self.sweep_retired();
-        self.tell_lag_tools();
-        self.buckets_lent += buckets_lent;
-        Ok(Landed {
-            counts: cut.counts,
-            batch: cut.number,
-            snapshot_id: self.owner.main.metadata().current_snapshot_id().unwrap_or_default(),
-            data_files,
-            sends,
-            lag: self.lag(),
-            watermark,
-            complete_since: complete_since(&self.owner.record),
-            buckets_lent,
-        })
-    }
-
-    /// The live lane's watermark with what was read so far.
-    fn watermark(&self) -> Option<EventTimeMs> {
-        self.lateness.watermark(self.owner.record.live().watermark, &self.reader.at_end())
-    }
-
-    /// The record of this microbatch, but for its dedup state.
-    fn next_record(&self, cut: Cut, owed: Option<Vec<serde_json::Value>>) -> LedgerRecord {
-        let before = &self.owner.record;
-        let last = self.exhausted();
-        let metadata = self.owner.main.metadata();
-        let mut next = LedgerRecord {
-            kind: Kind::Data,
-            batch: cut.number,
-            last_batch_with_rows: if cut.counts.written > 0 {
-                cut.number
-            } else {
-                before.last_batch_with_rows
-            },
-            cut_time_ms: cut.cut_time_ms,
-            schema_id: metadata.current_schema_id(),
-            spec_id: metadata.default_partition_spec_id(),
-            job_hash: self.owner.loaded.resolved_hash.clone(),
-            counts: cut.counts,
-            released: last && owed.is_none(),
-            jumps: Vec::new(),
-            ..before.clone()
+        let cut = Cut {
+            number: open.number,
+            attempt: open.attempt,
+            cut_time_ms: open.cut_time_ms,
+            counts: open.counts,
+            lane: self.lanes.served().lane.clone(),
+            watermark: self.watermark(),
+            reached: self.reached(),
+            last: self.is_last() || self.options.is_ending(),
         };
-        next.sides.insert(super::survey::DEAD_LETTERS.to_owned(), self.dead_letter_record(owed));
-        let (positions, tails) = (self.reader.positions(), self.reader.tails());
-        let watermark = self.watermark();
-        let lane = next.lanes.entry(LIVE_LANE.to_owned()).or_default();
-        lane.watermark = watermark;
-        for (slot, name) in self.slots.iter().enumerate() {
-            let known = before.cursor(&name.topic, name.partition);
-            let start = known.map_or(self.starts[slot], |cursor| cursor.end);
-            let tail = tails[slot].map(|tail| Tail { offset: tail.offset, hash: tail.hash });
-            let cursor = Cursor {
-                start,
-                end: positions[slot],
-                tail: tail.or_else(|| known.and_then(|cursor| cursor.tail)),
-                max_event_time: self.lateness.max_event_times()[slot],
-            };
-            assert!(cursor.end >= cursor.start, "offsets of {name} never move back");
-            lane.topics.entry(name.topic.clone()).or_default().insert(name.partition, cursor);
-        }
-        next
+        Ok(Built { cut, files, owed })
     }
+
+    /// Whether this microbatch is known to be the last. With backfills that shows only when their turns are over: the table
+    /// is then given back by a commit of its own.
+    fn is_last(&self) -> bool {
+        let live_is_read = !self.options.continuous && self.lanes.live().exhausted();
+        live_is_read && self.owner.record.active_backfills().next().is_none()
+    }
+
+    /// The served lane's watermark with what was read so far.
+    fn watermark(&self) -> Option<EventTimeMs> {
+        let LaneReader { lane, lateness, reader, .. } = self.lanes.served();
+        let before = self.owner.record.lanes.get(lane).and_then(|lane| lane.watermark);
+        lateness.watermark(before, &reader.at_end())
+    }
+
+    fn reached(&self) -> Vec<Reached> {
+        if self.letter_slots.is_some() {
+            // Stored letters move no offset.
+            return Vec::new();
+        }
+        let LaneReader { slots, starts, reader, lateness, .. } = self.lanes.served();
+        let (positions, tails) = (reader.positions(), reader.tails());
+        slots
+            .iter()
+            .enumerate()
+            .map(|(slot, name)| Reached {
+                name: name.clone(),
+                first: starts[slot],
+                end: positions[slot],
+                tail: tails[slot].map(|tail| Tail { offset: tail.offset, hash: tail.hash }),
+                max_event_time: lateness.max_event_times()[slot],
+            })
+            .collect()
+    }
+}
+
+/// A chunk that does not fit into columns.
+pub(super) fn undecodable(error: DecodeError) -> Stop {
+    let way_out = "nothing of this batch is visible; lower memory, which makes chunks smaller";
+    Stop::new(Reason::Unexpected, "records can not be decoded", way_out).because(error)
 }
 
 /// Stands for the id of a topic whose broker gives none.
@@ -599,26 +760,13 @@ fn id_of_name(topic: &str) -> TopicId {
     TopicId(Uuid::from_u128(xxhash_rust::xxh3::xxh3_128(topic.as_bytes())))
 }
 
-fn era_record(era: &Era) -> EraRecord {
-    EraRecord { until: era.until, bucket_width_ms: era.bucket_width_ms }
-}
-
-fn bucket_record(bucket: &BucketTally) -> BucketRecord {
-    BucketRecord {
-        from: bucket.from.0,
-        to: bucket.to.0,
-        count: bucket.keys,
-        digest: bucket.digest.to_string(),
-    }
-}
-
 /// Names the place too, so that a full disk is found.
-fn unwritten(table: &Table, error: WriteError) -> Stop {
+pub(super) fn unwritten(table: &Table, error: WriteError) -> Stop {
     let (name, place) = (table.identifier(), table.metadata().location());
     stops::data(format!("data files of table {name} in {place} can not be written"), error.reason(), error)
 }
 
-fn unexpected_arrow(error: impl std::error::Error + Send + Sync + 'static) -> Stop {
+pub(super) fn unexpected_arrow(error: impl std::error::Error + Send + Sync + 'static) -> Stop {
     Stop::new(Reason::Unexpected, "rows do not fit together", "nothing was committed; please report this")
         .because(error)
 }

@@ -1,48 +1,59 @@
 //! An owner with its reader, decoder and dedup state: ready to take microbatches.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use iceberg::table::Table;
+
+use super::ahead::Ahead;
+use super::backfill::lane_summary;
+use super::copies::Copier;
 use super::keys::KeyMaker;
-use super::owner::{Owner, Prepared, prepare, side_record};
-use super::rebuild::{rebuild, store_spec, widen};
+use super::lanes::{LaneReader, Lanes, READERS_MAX};
+use super::owner::{Owner, Prepared, prepare};
 use super::report::{Event, Report, Summary};
 use super::start::Allow;
-use super::survey::state_folder;
+use super::state::{Folder, KeyState};
+use super::watch::Watch;
 use super::{RunOptions, stops};
-use crate::commit::ledger::{self, LedgerRecord};
+use crate::commit::ledger::{LIVE_LANE, LedgerRecord};
+use crate::commit::side::Role;
 use crate::counts::Counts;
 use crate::decode::Decoder;
-use crate::dedup::{self, GenerationRef, Store, StoreError, StoreSpec};
-use crate::job::ColumnSource;
 use crate::job::file::LoadedJob;
-use crate::lateness::Lateness;
+use crate::job::{ColumnSource, Job, OnRollback};
 use crate::memory::MemoryPlan;
-use crate::offset::{NextOffset, TopicPartition};
-use crate::source::{Connection, Reader, ReaderOptions, STALL_AFTER_DEFAULT};
+use crate::offset::TopicPartition;
+use crate::protocol;
+use crate::sink::dead_letters::Slot;
+use crate::source::{Connection, OffsetRange, ReadPlan, ReaderOptions, Tail};
 use crate::stop::Stop;
-
-/// Generations that the sweep keeps, the current one included, so that a table rolled back a little is at home at once.
-const GENERATIONS_KEPT: usize = 3;
-/// Files that wait for a sweep before one is worth reading the folder: the inputs of one merge, or as many manifests. A
-/// merge's inputs are then deleted with the first commit at which no kept generation names them.
-const RETIRED_FILES_MIN: u64 = 8;
 
 /// See the module.
 pub(super) struct Session<'a> {
     pub(super) owner: Owner<'a>,
     pub(super) options: &'a RunOptions,
     pub(super) memory: MemoryPlan,
-    /// Topic partitions by slot.
-    pub(super) slots: Vec<TopicPartition>,
-    connection: Connection,
-    /// First offsets of this run, by slot.
-    pub(super) starts: Vec<NextOffset>,
-    pub(super) reader: Reader,
+    pub(super) connection: Arc<Connection>,
+    /// What is read, and for whom.
+    pub(super) lanes: Lanes,
     pub(super) decoder: Decoder,
     pub(super) keys: KeyMaker,
-    pub(super) lateness: Lateness,
-    pub(super) store: Store,
+    pub(super) state: KeyState,
     /// Buckets read from the table by this run because an event beyond the window fell into them.
     pub(super) buckets_lent: u64,
-    swept: bool,
+    /// Bytes of data files that were read for them.
+    pub(super) bytes_lent: u64,
+    /// Copies the state as it goes, if the job asks for it.
+    pub(super) copier: Option<Copier>,
+    /// Topic partitions by slot as stored letters name them, where letters are what is read.
+    pub(super) letter_slots: Option<Vec<Slot>>,
+    /// First microbatch before which maintenance may be tried again.
+    pub(super) maintain_from_batch: u64,
+    /// What a continuous run looks at beside its records.
+    pub(super) watch: Watch,
+    /// Read while the microbatch before was committed.
+    pub(super) ahead: Option<Ahead>,
 }
 
 /// How an opening ends well.
@@ -60,138 +71,187 @@ impl<'a> Session<'a> {
         options: &'a RunOptions,
         report: &mut dyn Report,
     ) -> Result<Opened<'a>, Stop> {
-        let allow = Allow { ignore_rows: options.ignore_rows, ..Allow::default() };
+        let allow = Allow {
+            ignore_rows: options.ignore_rows,
+            trust_ledger: options.trust_ledger,
+            replay: loaded.job.sink.on_rollback == OnRollback::Replay,
+            ..Allow::default()
+        };
         let prepared = prepare(loaded, options, allow).await?;
         let starts = prepared.survey.starts(&loaded.job, prepared.record.as_ref())?;
-        if prepared.nothing_to_do(&starts) {
+        if !options.continuous && options.backfill.is_none() && prepared.nothing_to_do(&starts) {
             return Ok(Opened::NothingToRead(Box::new(resting_summary(&prepared))));
         }
-        let plans = prepared.read_plans(&starts);
+        let mut plans = prepared.read_plans(&starts);
         let lag = plans.iter().map(|plan| (plan.end.get() - plan.start.get()).max(0).unsigned_abs()).sum();
-        let slots: Vec<TopicPartition> = plans.iter().map(|plan| plan.topic_partition.clone()).collect();
-        let first_offsets = plans.iter().map(|plan| plan.start).collect();
-        let columns = &loaded.job.decode.columns;
-        let headers = columns.iter().any(|column| matches!(column.from, ColumnSource::Header(_)));
-        let reading = ReaderOptions { headers, ..ReaderOptions::default() };
-        let mut reader =
-            Reader::assign(&prepared.survey.connection, plans, reading).map_err(stops::source)?;
-        reader.verify_tails(STALL_AFTER_DEFAULT).map_err(stops::source)?;
+        if options.continuous {
+            plans.iter_mut().for_each(|plan| plan.end = ReadPlan::no_end());
+        }
+        let backfills = prepared.record.iter().flat_map(LedgerRecord::active_backfills).count();
+        let queue_parts = if options.backfill.is_some() || backfills > 0 { READERS_MAX } else { 1 };
+        let reading = ReaderOptions { queue_parts, ..reader_options(&loaded.job) };
+        let (connection, record) = (&prepared.survey.connection, prepared.record.as_ref());
+        let live = LaneReader::open(connection, record, LIVE_LANE, plans, reading, &loaded.job.event_time)
+            .map_err(stops::source)?;
         options.phases.reach("verified");
         let memory = prepared.memory;
-        let (mut owner, connection, decoder) = Owner::take(prepared, &starts).await?;
+        let ends = prepared.survey.offsets.iter().map(|(name, range)| (name.clone(), range.end)).collect();
+        let (mut owner, connection, decoder) = prepared.take(&starts).await?;
         report.event(&Event::Start {
             job: loaded.job.name.clone(),
             epoch: owner.record.epoch,
             lag,
-            topic_partitions: slots.len(),
+            topic_partitions: live.slots.len(),
             memory: memory.to_string(),
         });
         let keys = KeyMaker::new(&decoder.schema(), &loaded.job, owner.record.dedup.seed)?;
-        let store = match open_state(&mut owner, &keys, &memory, report).await {
-            Ok(store) => store,
-            Err(stop) => {
-                owner.release_after(&stop).await;
-                return Err(stop);
-            }
-        };
-        let record = &owner.record;
-        let max_event_times = slots
-            .iter()
-            .map(|name| record.cursor(&name.topic, name.partition).and_then(|cursor| cursor.max_event_time))
-            .collect();
-        let lateness = Lateness::new(&loaded.job.event_time, max_event_times);
-        Ok(Opened::Session(Box::new(Self {
+        let mut folder = Folder::new(&loaded.job, &keys, &memory, report);
+        let state = protocol::open_state(&mut owner, &mut folder).await?;
+        let watch = Watch::new(connection.look_interval(), ends);
+        let mut session = Box::new(Self {
             owner,
             options,
             memory,
-            slots,
-            connection,
-            starts: first_offsets,
-            reader,
+            connection: Arc::new(connection),
+            lanes: Lanes::new(live, options.continuous),
             decoder,
             keys,
-            lateness,
-            store,
+            state,
             buckets_lent: 0,
-            swept: false,
-        })))
+            bytes_lent: 0,
+            copier: None,
+            letter_slots: None,
+            maintain_from_batch: 0,
+            watch,
+            ahead: None,
+        });
+        session.start_copier(report);
+        Ok(Opened::Session(session))
     }
 
-    /// Offsets left to the frozen ends.
-    pub(super) fn lag(&self) -> u64 {
-        self.reader.lag_left()
+    /// Reads the topic partitions that the broker holds now, each from where the ledger stands, one that is new from its
+    /// earliest offset. Between two microbatches.
+    pub(super) fn follow_partitions(
+        &mut self,
+        offsets: &BTreeMap<TopicPartition, OffsetRange>,
+    ) -> Result<(), Stop> {
+        // It is read again.
+        self.ahead = None;
+        let record = &self.owner.record;
+        let plan = |(name, range): (&TopicPartition, &OffsetRange)| {
+            let cursor = record.cursor(&name.topic, name.partition);
+            let tail = cursor.and_then(|cursor| cursor.tail);
+            ReadPlan {
+                topic_partition: name.clone(),
+                start: cursor.map_or(range.low, |cursor| cursor.end),
+                end: ReadPlan::no_end(),
+                low: range.low,
+                tail: tail.map(|tail| Tail { offset: tail.offset, hash: tail.hash }),
+            }
+        };
+        let plans: Vec<ReadPlan> = offsets.iter().map(plan).collect();
+        let rule = &self.owner.world.loaded.job.event_time;
+        let reassigned = self.lanes.live_mut().reassign(&self.connection, record, plans, rule);
+        reassigned.map_err(stops::source)
     }
 
-    /// Whether every topic partition was read to its frozen end.
-    pub(super) fn exhausted(&self) -> bool {
-        self.lag() == 0
-    }
-
-    /// Group offsets for lag tools; nothing reads them back (R4).
-    pub(super) fn tell_lag_tools(&self) {
-        let positions = self.slots.iter().cloned().zip(self.reader.positions()).collect();
-        self.connection.commit_group_offsets(&positions);
-    }
-
-    /// Whether the ledger still trails the frozen ends.
-    pub(super) fn has_more(&self) -> bool {
-        !self.exhausted() || self.trails()
-    }
-
-    /// Whether positions moved past the ledger, by control records or gaps alone.
-    fn trails(&self) -> bool {
-        let positions = self.reader.positions();
-        self.slots.iter().enumerate().any(|(slot, name)| {
-            let cursor = self.owner.record.cursor(&name.topic, name.partition);
-            cursor.is_none_or(|cursor| cursor.end != positions[slot])
+    /// An owner that reads no topic: its slots are filled when it is known what is read.
+    pub(super) async fn at_rest(prepared: Prepared<'a>, report: &mut dyn Report) -> Result<Self, Stop> {
+        let (loaded, options) = (prepared.outside.loaded, prepared.outside.options);
+        let starts = prepared.survey.starts(&loaded.job, prepared.record.as_ref())?;
+        let (reading, rule) = (ReaderOptions::default(), &loaded.job.event_time);
+        let connection = &prepared.survey.connection;
+        let none = LaneReader::open(connection, None, LIVE_LANE, Vec::new(), reading, rule);
+        let (none, memory) = (none.map_err(stops::source)?, prepared.memory);
+        let (mut owner, connection, decoder) = prepared.take(&starts).await?;
+        let keys = KeyMaker::new(&decoder.schema(), &loaded.job, owner.record.dedup.seed)?;
+        let mut folder = Folder::new(&loaded.job, &keys, &memory, report);
+        let state = protocol::open_state(&mut owner, &mut folder).await?;
+        Ok(Self {
+            owner,
+            options,
+            memory,
+            connection: Arc::new(connection),
+            lanes: Lanes::new(none, false),
+            decoder,
+            keys,
+            state,
+            buckets_lent: 0,
+            bytes_lent: 0,
+            copier: None,
+            letter_slots: None,
+            maintain_from_batch: 0,
+            watch: Watch::new(None, BTreeMap::new()),
+            ahead: None,
         })
     }
 
-    /// After each microbatch of the owner: delete state files that nothing names (design, state generations), of its own
-    /// epoch too. Costs nothing while few are to go.
-    pub(super) fn sweep_retired(&mut self) {
-        if self.swept && self.store.retired_files() < RETIRED_FILES_MIN {
-            return;
+    /// Offsets that the served lane has left to its frozen ends; a continuous run's live lane to the ends as last looked
+    /// at.
+    pub(super) fn lag(&self) -> u64 {
+        let served = self.lanes.served();
+        if !self.options.continuous || !served.is_live() {
+            return served.lag();
         }
-        self.swept = true;
-        let folder = state_folder(&self.owner.loaded.job);
-        let recent = ledger::recent_generations(self.owner.main.metadata(), GENERATIONS_KEPT);
-        let keep = recent.into_iter().filter_map(|(name, checksum)| reference(&name, checksum));
-        let swept = dedup::list_generations(&folder, Some(self.owner.record.job_id)).and_then(|present| {
-            // An older generation may have been lost with its folder; what is not there needs no keeping.
-            let is_present = |kept: &GenerationRef| present.iter().any(|found| found.reference == *kept);
-            let keep: Vec<GenerationRef> = keep.filter(is_present).collect();
-            self.store.sweep(&keep, self.owner.record.epoch.saturating_add(1))
-        });
-        if let Err(error) = swept {
-            tracing::warn!(%error, "state files that nothing names could not be deleted; a later batch tries again");
-        }
+        served.positions().iter().map(|(name, next)| self.watch.left(name, *next)).sum()
+    }
+
+    /// Whether the served lane was read to its frozen ends.
+    pub(super) fn exhausted(&self) -> bool {
+        let served = self.lanes.served();
+        !(self.options.continuous && served.is_live()) && served.exhausted()
+    }
+
+    /// Group offsets of the live lane for lag tools; nothing reads them back (R4).
+    pub(super) fn tell_lag_tools(&self) {
+        let end = |name: &TopicPartition| {
+            let cursor = self.owner.record.cursor(&name.topic, name.partition)?;
+            Some((name.clone(), cursor.end))
+        };
+        let ends = self.lanes.live().slots.iter().filter_map(end).collect();
+        self.connection.commit_group_offsets(&ends);
+    }
+
+    /// Whether some lane has a turn to come in this drain.
+    pub(super) fn has_more(&self) -> bool {
+        let record = &self.owner.record;
+        self.lanes.standing(record, self.lanes.live().has_more(record)).choose().is_some()
+    }
+
+    /// Whether positions of the live lane moved past the ledger, by control records or gaps alone.
+    pub(super) fn trails(&self) -> bool {
+        self.lanes.live().trails(&self.owner.record)
     }
 
     /// Totals of this run.
     pub(super) fn summary(&self, counts: Counts, batches: u64) -> Summary {
-        let stats = self.store.stats();
+        let stats = self.state.store.stats();
         Summary {
             counts,
             batches,
             batch: self.owner.record.batch,
-            table: self.owner.main_ident.to_string(),
+            table: self.owner.world.terms.main.to_string(),
             metadata_location: self.owner.main.metadata_location().map(str::to_owned),
-            dead_letter_table: self.owner.dead_ident.to_string(),
-            dead_letter_metadata_location: self.owner.dead.metadata_location().map(str::to_owned),
+            dead_letter_table: self.owner.side(Role::DeadLetters).identifier().to_string(),
+            dead_letter_metadata_location: location_of(self.owner.sides.get(&Role::DeadLetters)),
+            late_table: self.owner.sides.get(&Role::Late).map(|table| table.identifier().to_string()),
+            late_metadata_location: location_of(self.owner.sides.get(&Role::Late)),
             state_keys: stats.keys,
             state_bytes: stats.segment_bytes,
             watermark: self.owner.record.live().watermark.map(|time| time.to_string()),
             complete_since: complete_since(&self.owner.record),
             buckets_lent: self.buckets_lent,
+            bytes_lent: self.bytes_lent,
+            lanes: self.owner.record.backfills().map(|(name, lane, _)| lane_summary(name, lane)).collect(),
             seconds: 0.0,
         }
     }
+}
 
-    /// What the next record says of the dead-letter table.
-    pub(super) fn dead_letter_record(&self, files: Option<Vec<serde_json::Value>>) -> ledger::SideRecord {
-        side_record(&self.owner.dead, files)
-    }
+/// How a job's records are read.
+pub(super) fn reader_options(job: &Job) -> ReaderOptions {
+    let headers = job.decode.columns.iter().any(|column| matches!(column.from, ColumnSource::Header(_)));
+    ReaderOptions { headers, ..ReaderOptions::default() }
 }
 
 /// The summary of a run that found nothing to do.
@@ -211,67 +271,19 @@ fn resting_summary(prepared: &Prepared<'_>) -> Summary {
             .as_ref()
             .and_then(|table| table.metadata_location())
             .map(str::to_owned),
-        dead_letter_table: survey.dead_ident.to_string(),
-        dead_letter_metadata_location: survey
-            .dead
-            .as_ref()
-            .and_then(|table| table.metadata_location())
-            .map(str::to_owned),
+        dead_letter_table: survey.side_idents[&Role::DeadLetters].to_string(),
+        dead_letter_metadata_location: location_of(survey.sides.get(&Role::DeadLetters)),
+        late_table: survey.side_idents.get(&Role::Late).map(ToString::to_string),
+        late_metadata_location: location_of(survey.sides.get(&Role::Late)),
         ..Summary::default()
     }
+}
+
+fn location_of(table: Option<&Table>) -> Option<String> {
+    table?.metadata_location().map(str::to_owned)
 }
 
 /// From when on the state answers for the table; none = since ever.
 pub(super) fn complete_since(record: &LedgerRecord) -> Option<String> {
     record.dedup.complete_since.map(|time| time.to_string())
-}
-
-/// The generation that a record names.
-pub(super) fn generation(record: &LedgerRecord) -> Option<GenerationRef> {
-    reference(record.dedup.generation.as_deref()?, record.dedup.checksum.clone()?)
-}
-
-fn reference(name: &str, checksum: String) -> Option<GenerationRef> {
-    Some(GenerationRef { name: name.parse().ok()?, checksum })
-}
-
-/// Opens the generation that the ledger names, or rebuilds it from the table if it is gone or damaged; then loads what a
-/// widened window lacks.
-async fn open_state(
-    owner: &mut Owner<'_>,
-    keys: &KeyMaker,
-    memory: &MemoryPlan,
-    report: &mut dyn Report,
-) -> Result<Store, Stop> {
-    let job = &owner.loaded.job;
-    let folder = state_folder(job);
-    // The width of the job's window rules for buckets to come, whatever the ledger's buckets have.
-    let bucket_width_ms = dedup::bucket_width_ms(job.dedup.window, job.dedup.repeats);
-    let spec = StoreSpec { bucket_width_ms, ..store_spec(&owner.record) };
-    let named = generation(&owner.record);
-    let opened = Store::open(&folder, spec.clone(), named.as_ref(), memory.dedup_lookup_bytes());
-    let mut store = match opened {
-        Ok(store) => store,
-        Err(error @ (StoreError::Missing { .. } | StoreError::Corrupt { .. })) => {
-            report.event(&Event::Notice {
-                text: format!(
-                    "the dedup state is not usable ({error}); rebuilding it from table {}",
-                    owner.main_ident
-                ),
-            });
-            let rebuilt = rebuild(owner, keys, memory).await?;
-            let text = format!(
-                "rebuilt the dedup state: {} keys from {} rows in {:.1} s",
-                rebuilt.keys,
-                rebuilt.rows,
-                rebuilt.time.as_secs_f64()
-            );
-            report.event(&Event::Notice { text });
-            Store::open(&folder, spec, Some(&rebuilt.generation), memory.dedup_lookup_bytes())
-                .map_err(|error| stops::state(&folder, error))?
-        }
-        Err(error) => return Err(stops::state(&folder, error)),
-    };
-    widen(owner, keys, memory, &mut store, report).await?;
-    Ok(store)
 }

@@ -9,23 +9,24 @@ use std::sync::Arc;
 
 use iceberg::table::Table;
 use iceberg::{Catalog, TableIdent};
-use uuid::Uuid;
 
 use super::stops;
+use super::world::CatalogTables;
 use crate::catalog;
-use crate::commit::ledger::{self, Found, LedgerRecord};
-use crate::commit::side::{self, SideMark};
+use crate::commit::ledger::{self, Cursor, Found, LedgerRecord};
+use crate::commit::request;
+use crate::commit::side::{self, Role};
 use crate::dedup;
 use crate::fingerprint::KeyEncoder;
 use crate::job::Job;
 use crate::memory::MemoryPlan;
+use crate::mutant;
 use crate::offset::{NextOffset, TopicId, TopicPartition};
+use crate::protocol;
+use crate::protocol::start::SideFacts;
 use crate::sink::schema::{self, Comparison};
 use crate::source::{ClusterFacts, Connection, OffsetRange};
 use crate::stop::{Reason, Stop};
-
-/// Role of the dead-letter table in the ledger.
-pub const DEAD_LETTERS: &str = "dead_letters";
 
 /// What a start found.
 pub struct Survey {
@@ -33,12 +34,12 @@ pub struct Survey {
     pub catalog: Arc<dyn Catalog>,
     /// Main table's name.
     pub main_ident: TableIdent,
-    /// Dead-letter table's name.
-    pub dead_ident: TableIdent,
+    /// Names of the side tables that the job uses or its ledger knows.
+    pub side_idents: BTreeMap<Role, TableIdent>,
     /// Main table, if it exists.
     pub main: Option<Table>,
-    /// Dead-letter table, if it exists.
-    pub dead: Option<Table>,
+    /// Those of the side tables that exist.
+    pub sides: BTreeMap<Role, Table>,
     /// What main has otherwise than the job.
     pub comparison: Comparison,
     /// The ledger.
@@ -64,30 +65,29 @@ impl Survey {
     pub async fn take(job: &Job, memory: &MemoryPlan) -> Result<Self, Stop> {
         let catalog = catalog::connect(&job.sink.catalog).await.map_err(stops::catalog)?;
         let main_ident = schema::table_ident(&job.sink.table).map_err(stops::schema)?;
-        let dead_ident = schema::table_ident(&job.sink.dead_letters.table).map_err(stops::schema)?;
-        // Before main: what it follows has landed in main by then, so a live owner never makes it look ahead.
-        let mut dead = catalog::load(&*catalog, &dead_ident).await.map_err(stops::catalog)?;
-        let main = catalog::load(&*catalog, &main_ident).await.map_err(stops::catalog)?;
-        if dead.is_none() && main.is_some() {
-            dead = catalog::load(&*catalog, &dead_ident).await.map_err(stops::catalog)?;
+        let all_idents = side_idents(job)?;
+        let is_used = |role: &Role, found: &Found| uses(job, *role) || is_known(found, *role);
+        let used = |found: &Found| {
+            let used = all_idents.iter().filter(|(role, _)| is_used(role, found));
+            used.map(|(role, ident)| (*role, ident.clone())).collect::<BTreeMap<_, _>>()
+        };
+        let tables = CatalogTables { catalog: Arc::clone(&catalog) };
+        let mut side_idents = used(&Found::Nothing);
+        let (mut main, mut sides) = protocol::heads(&tables, &main_ident, &side_idents).await?;
+        let mut found = ledger_of(main.as_ref(), &main_ident)?;
+        if used(&found).len() > side_idents.len() {
+            // The ledger knows a table that the job does not use any more.
+            side_idents = used(&found);
+            (main, sides) = protocol::heads(&tables, &main_ident, &side_idents).await?;
+            found = ledger_of(main.as_ref(), &main_ident)?;
         }
         let comparison = match &main {
             Some(table) => schema::compare(table, job).map_err(stops::schema)?,
             None => Comparison::default(),
         };
-        if let Some(dead) = &dead {
-            refuse_differences(
-                &dead_ident,
-                &schema::compare_dead_letters(dead).map_err(stops::schema)?,
-                job,
-            )?;
+        for (role, table) in &sides {
+            refuse_differences(&side_idents[role], &compare_side(table, *role, job)?, job)?;
         }
-        let found = match &main {
-            Some(table) => {
-                ledger::inspect(table.metadata()).map_err(|error| stops::ledger(&main_ident, error))?
-            }
-            None => Found::Nothing,
-        };
         let connection =
             Connection::open(&job.source, memory.client_queue, &job.name).map_err(stops::source)?;
         let cluster = connection.describe().map_err(stops::source)?;
@@ -95,9 +95,9 @@ impl Survey {
         Ok(Self {
             catalog,
             main_ident,
-            dead_ident,
+            side_idents,
             main,
-            dead,
+            sides,
             comparison,
             found,
             connection,
@@ -116,25 +116,41 @@ impl Survey {
 
     /// The ledger's record, whatever else is true of it.
     pub fn record(&self) -> Option<&LedgerRecord> {
-        match &self.found {
-            Found::Record(record) | Found::CutOff(record) => Some(record),
-            Found::RolledBack { newer, .. } => Some(newer),
-            Found::Nothing => None,
-        }
+        self.found.record()
     }
 
     /// Rows in main's current snapshot, as its summary says; a table without that figure counts as having rows.
     pub fn table_rows(&self) -> u64 {
-        let Some(snapshot) = self.main.as_ref().and_then(|table| table.metadata().current_snapshot()) else {
-            return 0;
-        };
-        let total = snapshot.summary().additional_properties.get("total-records");
-        total.and_then(|rows| rows.parse().ok()).unwrap_or(u64::MAX)
+        self.main.as_ref().map_or(0, rows_of)
     }
 
-    /// Side tables that exist, by role.
-    pub fn side_uuids(&self) -> BTreeMap<String, Uuid> {
-        self.dead.iter().map(|table| (DEAD_LETTERS.to_owned(), table.metadata().uuid())).collect()
+    /// Whether somebody asks the owner of main for something.
+    pub fn has_requests(&self) -> bool {
+        let asks = |name: &String| name.starts_with(request::PREFIX);
+        self.main.as_ref().is_some_and(|table| table.metadata().properties().keys().any(asks))
+    }
+
+    /// Main and the side tables whose rows make the dedup state, as far as they exist.
+    pub fn tables_with_keys(&self) -> impl Iterator<Item = &Table> {
+        let sides = self.sides.iter().filter(|(role, _)| role.holds_keys()).map(|(_, table)| table);
+        self.main.iter().chain(sides)
+    }
+
+    /// What a start judges of the side tables.
+    ///
+    /// # Errors
+    /// A mark can not be read.
+    pub fn side_facts(&self) -> Result<BTreeMap<Role, SideFacts<'_>>, Stop> {
+        let mut facts = BTreeMap::new();
+        for (role, ident) in &self.side_idents {
+            let metadata = self.sides.get(role).map(Table::metadata);
+            let mark = metadata.map(side::inspect).transpose();
+            let mark = mark.map_err(|error| stops::ledger(ident, error))?.flatten();
+            let uuid = metadata.map(iceberg::spec::TableMetadata::uuid);
+            let rows = self.sides.get(role).map_or(0, rows_of);
+            facts.insert(*role, SideFacts { table: ident.to_string(), uuid, mark, rows, metadata });
+        }
+        Ok(facts)
     }
 
     /// Topic ids as the broker says, for every topic of the job.
@@ -145,15 +161,6 @@ impl Survey {
     /// Id of one topic.
     pub fn topic_id(&self, topic: &str) -> Option<TopicId> {
         self.cluster.topics.iter().find(|facts| facts.topic == topic)?.id
-    }
-
-    /// What the dead-letter table says that it follows.
-    ///
-    /// # Errors
-    /// Its mark can not be read.
-    pub fn dead_letter_mark(&self) -> Result<Option<SideMark>, Stop> {
-        let Some(dead) = &self.dead else { return Ok(None) };
-        side::inspect(dead.metadata()).map_err(|error| stops::ledger(&self.dead_ident, error))
     }
 
     /// Where each topic partition would be read from: the ledger, else the job's start (first run), else earliest.
@@ -172,11 +179,72 @@ impl Survey {
                 .iter()
                 .map(|(name, range)| {
                     let known = record.cursor(&name.topic, name.partition);
-                    (name.clone(), known.map_or(range.low, |cursor| cursor.end))
+                    let new = mutant!("new-topic-partitions-at-their-end", range.end => range.low);
+                    let end = |cursor: &Cursor| mutant!("start-from-the-broker", range.low => cursor.end);
+                    (name.clone(), known.map_or(new, end))
                 })
                 .collect()),
         }
     }
+}
+
+fn ledger_of(main: Option<&Table>, ident: &TableIdent) -> Result<Found, Stop> {
+    let found =
+        main.map(|table| ledger::inspect(table.metadata()).map_err(|error| stops::ledger(ident, error)));
+    found.unwrap_or(Ok(Found::Nothing))
+}
+
+/// Names of a job's side tables, whether it uses them or not.
+///
+/// # Errors
+/// `USAGE`: a name is none.
+pub fn side_idents(job: &Job) -> Result<BTreeMap<Role, TableIdent>, Stop> {
+    let ident = |role: Role| {
+        let name = match role {
+            Role::DeadLetters => &job.sink.dead_letters.table,
+            Role::Late => &job.sink.late.table,
+        };
+        schema::table_ident(name).map(|ident| (role, ident)).map_err(stops::schema)
+    };
+    Role::ALL.into_iter().map(ident).collect()
+}
+
+/// Whether a job writes to the side table of a role.
+pub fn uses(job: &Job, role: Role) -> bool {
+    match role {
+        Role::DeadLetters => true,
+        Role::Late => job.uses_late_table(),
+    }
+}
+
+/// Whether a ledger knows a side table of a role, whatever the job says now.
+pub fn is_known(found: &Found, role: Role) -> bool {
+    let knows = |record: &LedgerRecord| record.sides.contains_key(role.name());
+    match found {
+        Found::Nothing => false,
+        Found::Record(record) | Found::CutOff(record) => knows(record),
+        // A replay sets back what the newer record knew.
+        Found::RolledBack { older, newer } => knows(newer) || older.as_deref().is_some_and(knows),
+    }
+}
+
+/// What a side table has otherwise than the job writes to it.
+///
+/// # Errors
+/// `USAGE`: the job's columns make no schema.
+pub fn compare_side(table: &Table, role: Role, job: &Job) -> Result<Comparison, Stop> {
+    match role {
+        Role::DeadLetters => schema::compare_dead_letters(table),
+        Role::Late => schema::compare_late(table, job),
+    }
+    .map_err(stops::schema)
+}
+
+/// Rows in a table's current snapshot, as its summary says; a table without that figure counts as having rows.
+pub fn rows_of(table: &Table) -> u64 {
+    let Some(snapshot) = table.metadata().current_snapshot() else { return 0 };
+    let total = snapshot.summary().additional_properties.get("total-records");
+    total.and_then(|rows| rows.parse().ok()).unwrap_or(u64::MAX)
 }
 
 /// Refuses a table that the job can not write to.

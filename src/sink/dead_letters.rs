@@ -24,9 +24,11 @@ use iceberg::spec::{Datum, PrimitiveType, Schema};
 use iceberg::table::Table;
 
 use crate::letter::DeadLetter;
+use crate::mutant;
 use crate::offset::TopicId;
 use crate::sink::scan::{self, ScanError};
 use crate::sink::schema::{SchemaError, build_schema};
+use crate::sink::stored_letters::KIND_REQUEUED;
 
 /// Value of `kind` of a refused row.
 pub const KIND_LETTER: &str = "letter";
@@ -116,6 +118,30 @@ pub fn rows(
     slots: &[Slot],
     batch: u64,
 ) -> Result<RecordBatch, arrow::error::ArrowError> {
+    rows_of_kind(KIND_LETTER, letters, slots, batch)
+}
+
+/// Marks of letters that were decoded again, as rows: they have the places of the letters and none of their bytes.
+///
+/// # Errors
+/// As [`rows`].
+///
+/// # Panics
+/// As [`rows`].
+pub fn marks(
+    letters: &[DeadLetter],
+    slots: &[Slot],
+    batch: u64,
+) -> Result<RecordBatch, arrow::error::ArrowError> {
+    rows_of_kind(KIND_REQUEUED, letters, slots, batch)
+}
+
+fn rows_of_kind(
+    kind: &str,
+    letters: &[DeadLetter],
+    slots: &[Slot],
+    batch: u64,
+) -> Result<RecordBatch, arrow::error::ArrowError> {
     let mut letters: Vec<&DeadLetter> = letters.iter().collect();
     letters.sort_by_cached_key(|letter| LetterPlace::of(letter, slots));
     let each = || letters.iter().copied();
@@ -153,7 +179,7 @@ pub fn rows(
         ),
         ("reason_code", text(each().map(|letter| letter.code.as_str())), false),
         ("reason_text", text(each().map(|letter| letter.text.as_str())), false),
-        ("kind", text(each().map(|_| KIND_LETTER)), false),
+        ("kind", text(each().map(|_| kind)), false),
         ("_tidemill_batch", Arc::new(Int64Array::from_iter_values(each().map(|_| batch))), false),
     ];
     RecordBatch::try_from_iter_with_nullable(columns)
@@ -186,7 +212,7 @@ pub async fn known_places(table: &Table, candidates: &[LetterPlace]) -> Result<V
 }
 
 /// Holds for every candidate, and for as little else as a predicate of bounded size can.
-fn predicate_of(candidates: &[LetterPlace]) -> Predicate {
+pub(super) fn predicate_of(candidates: &[LetterPlace]) -> Predicate {
     let mut ranges: BTreeMap<(TopicId, i32), (i64, i64)> = BTreeMap::new();
     for place in candidates {
         let range = ranges.entry((place.topic_id, place.partition)).or_insert((place.offset, place.offset));
@@ -247,7 +273,7 @@ fn mark_known(
         };
         let first = sorted.partition_point(|(candidate, _)| *candidate < place);
         for (_, index) in sorted[first..].iter().take_while(|(candidate, _)| *candidate == place) {
-            known[*index] = true;
+            known[*index] = mutant!("letter-written-again", false => true);
         }
     }
     Ok(())

@@ -4,17 +4,23 @@
 //! group's chunks of the columns that are read, and `READ_AHEAD_BATCHES` batches. Delete files of other programs are
 //! applied.
 
+use std::collections::BTreeMap;
+
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
+use iceberg::arrow::ScanMetrics;
 use iceberg::expr::{Predicate, Reference};
 use iceberg::scan::TableScanBuilder;
 use iceberg::spec::{Datum, PrimitiveType, Type};
 use iceberg::table::Table;
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::datatypes::{Int32Type, Int64Type, TimestampMicrosecondType};
 
 use crate::catalog::reason_of;
 use crate::event_time::EventTimeMs;
+use crate::mutant;
+use crate::offset::TopicPartition;
 use crate::stop::Reason;
 
 /// Most rows in a batch of a scan.
@@ -25,6 +31,8 @@ const READ_AHEAD_BATCHES: usize = 4;
 const RANGES_MAX: usize = 32;
 /// Column that names the batch of a row.
 const BATCH_COLUMN: &str = "_tidemill_batch";
+/// Column of a late table that marks rows which nothing proves to be new.
+const UNPROVEN_COLUMN: &str = "_tidemill_unproven";
 
 /// Why a table could not be read to its end. Rows that came before the error are true.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +71,9 @@ pub async fn scan_keys(
     columns: &[String],
     batch_max: Option<u64>,
 ) -> Result<Scan, ScanError> {
+    if batch_max.is_some() && !names_batches(table, snapshot_id) {
+        return Ok(futures::stream::empty().boxed());
+    }
     let filter = batch_max.map(|batch| {
         let batch = i64::try_from(batch).unwrap_or(i64::MAX);
         Reference::new(BATCH_COLUMN).less_than_or_equal_to(Datum::long(batch))
@@ -116,8 +127,50 @@ impl TimeRanges {
     }
 }
 
-/// Reads columns of the current snapshot, rows of batches up to `batch_max` and of some times, with `readers` tasks of
-/// the runtime beside the caller, each with data files of its own. Files whose metadata says that they hold no such
+/// Rows of the main table by who wrote them. Rows that name batch 0 or less were written by others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowsOf {
+    /// A ledger's batches: those after the first number, up to the second.
+    Batches {
+        /// The number with which the ledger began to count.
+        after: u64,
+        /// Its last batch.
+        up_to: u64,
+    },
+    /// Others: rows without a batch, or of batches up to this one.
+    Others {
+        /// The number with which the ledger began to count.
+        batch_max: u64,
+    },
+}
+
+/// Whether rows that are marked as unproven are left out: they may repeat keys, and theirs do not count as seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// No row is marked: a main table.
+    All,
+    /// Only those that are proven: a late table.
+    Proven,
+}
+
+impl RowsOf {
+    fn predicate(self) -> Predicate {
+        let column = || Reference::new(BATCH_COLUMN);
+        let number = |batch: u64| Datum::long(i64::try_from(batch).unwrap_or(i64::MAX));
+        match self {
+            Self::Batches { after, up_to } => {
+                let last = mutant!("rebuild-reads-later-batches", u64::MAX => up_to);
+                column().less_than_or_equal_to(number(last)).and(column().greater_than(number(after)))
+            }
+            Self::Others { batch_max } => {
+                column().is_null().or(column().less_than_or_equal_to(number(batch_max)))
+            }
+        }
+    }
+}
+
+/// Reads columns of the current snapshot, rows of some writers and some times, with `readers` tasks of the runtime
+/// beside the caller, each with data files of its own. Files whose metadata says that they hold no such
 /// time are not opened.
 ///
 /// # Errors
@@ -125,18 +178,25 @@ impl TimeRanges {
 pub async fn scan_keys_beside(
     table: &Table,
     columns: &[String],
-    batch_max: u64,
+    (rows, marked): (RowsOf, Rows),
     times: Option<&TimeRanges>,
     readers: usize,
-) -> Result<Scan, ScanError> {
-    let batch = Datum::long(i64::try_from(batch_max).unwrap_or(i64::MAX));
-    let of_batches = Reference::new(BATCH_COLUMN).less_than_or_equal_to(batch);
-    let filter = match times {
-        Some(times) => of_batches.and(times.predicate(table)),
-        None => of_batches,
+) -> Result<KeyScan, ScanError> {
+    let of_writers = match rows {
+        _ if names_batches(table, None) => rows.predicate(),
+        RowsOf::Others { .. } => Predicate::AlwaysTrue,
+        RowsOf::Batches { .. } => return Ok(KeyScan::empty()),
     };
+    let mut filter = match times {
+        Some(times) => of_writers.and(times.predicate(table)),
+        None => of_writers,
+    };
+    if marked == Rows::Proven {
+        filter = mutant!("unproven-rows-seen", filter => filter
+            .and(Reference::new(UNPROVEN_COLUMN).not_equal_to(Datum::bool(true))));
+    }
     if table.metadata().current_snapshot().is_none() {
-        return Ok(futures::stream::empty().boxed());
+        return Ok(KeyScan::empty());
     }
     let of_table = |error| ScanError::of(table, error);
     let scan = builder(table, columns, Some(filter)).build().map_err(of_table)?;
@@ -147,6 +207,7 @@ pub async fn scan_keys_beside(
         shares[share].push(Ok(file));
     }
     let mut streams = Vec::with_capacity(shares.len());
+    let mut metrics = Vec::with_capacity(shares.len());
     for share in shares {
         let reader = table
             .reader_builder()
@@ -155,11 +216,30 @@ pub async fn scan_keys_beside(
             .with_row_group_filtering_enabled(true)
             .build();
         let read = reader.read(futures::stream::iter(share).boxed()).map_err(of_table)?;
+        metrics.push(read.metrics().clone());
         let owned = table.clone();
         let batches = read.stream().map(move |batch| batch.map_err(|error| ScanError::of(&owned, error)));
         streams.push(beside(batches.boxed()));
     }
-    Ok(futures::stream::select_all(streams).boxed())
+    Ok(KeyScan { rows: futures::stream::select_all(streams).boxed(), metrics })
+}
+
+/// Rows that are being read, and what they cost.
+pub struct KeyScan {
+    /// The rows.
+    pub rows: Scan,
+    metrics: Vec<ScanMetrics>,
+}
+
+impl KeyScan {
+    fn empty() -> Self {
+        Self { rows: futures::stream::empty().boxed(), metrics: Vec::new() }
+    }
+
+    /// Bytes of data files that were read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.metrics.iter().map(ScanMetrics::bytes_read).sum()
+    }
 }
 
 /// Runs a scan as a task of its own, a few batches ahead. It ends when nobody takes them any more.
@@ -188,11 +268,92 @@ fn beside(mut batches: Scan) -> Scan {
     .boxed()
 }
 
+/// The largest batch that a row of the current snapshot names; 0 if none does.
+///
+/// # Errors
+/// [`ScanError`] when the table can not be read.
+pub async fn batch_max(table: &Table) -> Result<u64, ScanError> {
+    if !names_batches(table, None) {
+        return Ok(0);
+    }
+    let mut rows = scan(table, None, &[BATCH_COLUMN.to_owned()], None).await?;
+    let mut largest = 0;
+    while let Some(batch) = rows.try_next().await? {
+        let numbers = batch.column(0).as_primitive_opt::<Int64Type>();
+        let found = numbers.and_then(arrow::compute::max).unwrap_or(0);
+        largest = largest.max(u64::try_from(found).unwrap_or(0));
+    }
+    Ok(largest)
+}
+
+/// How far the rows of a table that carry a batch reach.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Rows.
+    pub rows: u64,
+    /// Largest batch.
+    pub batch_max: u64,
+    /// Of each topic partition, largest offset and largest event time.
+    pub places: BTreeMap<TopicPartition, (i64, EventTimeMs)>,
+}
+
+impl Reach {
+    /// Adds the reach of another table's rows.
+    pub fn add(&mut self, other: Self) {
+        self.rows += other.rows;
+        self.batch_max = self.batch_max.max(other.batch_max);
+        for (name, (offset, time)) in other.places {
+            let known = self.places.entry(name).or_insert((offset, time));
+            *known = (known.0.max(offset), known.1.max(time));
+        }
+    }
+}
+
+/// Reads how far the rows reach that carry a batch. Rows without one, or without a place or time, are passed over.
+///
+/// # Errors
+/// [`ScanError`] when the table can not be read.
+pub async fn reach(table: &Table, event_time_column: &str) -> Result<Reach, ScanError> {
+    if !names_batches(table, None) {
+        return Ok(Reach::default());
+    }
+    let names = [BATCH_COLUMN, "_kafka_topic", "_kafka_partition", "_kafka_offset", event_time_column];
+    let mut rows = scan(table, None, &names.map(str::to_owned), None).await?;
+    let mut reach = Reach::default();
+    while let Some(batch) = rows.try_next().await? {
+        let wrong = |name: &str| {
+            let what = format!("column {name} is not of the type that tidemill writes");
+            ScanError::of(table, iceberg::Error::new(iceberg::ErrorKind::DataInvalid, what))
+        };
+        let numbers = batch.column(0).as_primitive_opt::<Int64Type>().ok_or_else(|| wrong(names[0]))?;
+        let topics = batch.column(1).as_string_opt::<i32>().ok_or_else(|| wrong(names[1]))?;
+        let partitions = batch.column(2).as_primitive_opt::<Int32Type>().ok_or_else(|| wrong(names[2]))?;
+        let offsets = batch.column(3).as_primitive_opt::<Int64Type>().ok_or_else(|| wrong(names[3]))?;
+        let times =
+            batch.column(4).as_primitive_opt::<TimestampMicrosecondType>().ok_or_else(|| wrong(names[4]))?;
+        for row in 0..batch.num_rows() {
+            if batch.columns().iter().any(|column| column.is_null(row)) {
+                continue;
+            }
+            reach.rows += 1;
+            reach.batch_max = reach.batch_max.max(u64::try_from(numbers.value(row)).unwrap_or(0));
+            let name = TopicPartition::new(topics.value(row), partitions.value(row));
+            let time = EventTimeMs::from_micros(times.value(row));
+            let known = reach.places.entry(name).or_insert((offsets.value(row), time));
+            *known = (known.0.max(offsets.value(row)), known.1.max(time));
+        }
+    }
+    Ok(reach)
+}
+
 /// Whether the current snapshot has a row of this batch. Reads until the first one.
 ///
 /// # Errors
 /// [`ScanError`] when the table can not be read.
 pub async fn has_batch(table: &Table, batch: u64) -> Result<bool, ScanError> {
+    if !names_batches(table, None) {
+        return Ok(false);
+    }
     let number = Datum::long(i64::try_from(batch).unwrap_or(i64::MAX));
     let filter = Reference::new(BATCH_COLUMN).equal_to(number);
     let mut rows = scan(table, None, &[BATCH_COLUMN.to_owned()], Some(filter)).await?;
@@ -202,6 +363,19 @@ pub async fn has_batch(table: &Table, batch: u64) -> Result<bool, ScanError> {
         }
     }
     Ok(false)
+}
+
+/// Whether rows of a snapshot, or of the current one, may carry a batch: none do in a table of another tool, to which the
+/// column was added after its last snapshot, and a scan knows the columns of its snapshot alone.
+fn names_batches(table: &Table, snapshot_id: Option<i64>) -> bool {
+    let metadata = table.metadata();
+    let snapshot = match snapshot_id {
+        Some(id) => metadata.snapshot_by_id(id),
+        None => metadata.current_snapshot(),
+    };
+    let schema = snapshot.and_then(|snapshot| snapshot.schema(metadata).ok());
+    let schema = schema.as_ref().unwrap_or_else(|| metadata.current_schema());
+    schema.field_by_name(BATCH_COLUMN).is_some()
 }
 
 /// Reads columns of one snapshot, or of the current one, where the predicate holds.
@@ -241,9 +415,6 @@ fn builder<'a>(table: &'a Table, columns: &[String], filter: Option<Predicate>) 
 
 #[cfg(test)]
 mod tests {
-    use arrow::array::AsArray;
-    use arrow::datatypes::Int64Type;
-    use futures::TryStreamExt;
     use uuid::Uuid;
 
     use super::*;
@@ -306,8 +477,10 @@ mod tests {
         let ranges = vec![(day(1), day(2)), (day(3), EventTimeMs(i64::MAX))];
         let times = TimeRanges { column: "event_time".to_owned(), ranges };
         let columns = ["event_time", "_kafka_offset"].map(str::to_owned);
+        let ours = RowsOf::Batches { after: 0, up_to: 1 };
         for readers in [1, 2, 9] {
-            let scan = scan_keys_beside(&table, &columns, 1, Some(&times), readers).await.unwrap();
+            let scan = scan_keys_beside(&table, &columns, (ours, Rows::All), Some(&times), readers);
+            let scan = scan.await.unwrap().rows;
             let batches: Vec<RecordBatch> = scan.try_collect().await.unwrap();
             let offsets =
                 batches.iter().flat_map(|batch| batch.column(1).as_primitive::<Int64Type>().values());
@@ -315,8 +488,14 @@ mod tests {
             found.sort_unstable();
             assert_eq!(found, (0..12_000).filter(|number| number % 2 == 1).collect::<Vec<_>>());
         }
-        let none = scan_keys_beside(&table, &columns, 0, None, 2).await.unwrap();
-        assert!(none.try_collect::<Vec<_>>().await.unwrap().iter().all(|batch| batch.num_rows() == 0));
+        for none in [
+            RowsOf::Batches { after: 0, up_to: 0 },
+            RowsOf::Batches { after: 1, up_to: 2 },
+            RowsOf::Others { batch_max: 0 },
+        ] {
+            let none = scan_keys_beside(&table, &columns, (none, Rows::All), None, 2).await.unwrap().rows;
+            assert!(none.try_collect::<Vec<_>>().await.unwrap().iter().all(|batch| batch.num_rows() == 0));
+        }
     }
 
     #[test]

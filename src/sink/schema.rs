@@ -1,7 +1,8 @@
 //! Tables from a job: their schema, partition spec and properties; and what an existing table has otherwise.
 //!
-//! A table that is missing is created. A new optional column of the job is added to the table. Any other
-//! difference is refused by name: [`compare`] lists them all, one sentence each, before anything is read.
+//! A table that is missing is created. A new optional column of the job is added to the table, and so are
+//! [`METADATA_COLUMNS`] to a table of another tool, whose rows have no value for them. Any other difference is refused by
+//! name: [`compare`] lists them all, one sentence each, before anything is read.
 //!
 //! Invariants
 //! 1. Columns stand in the job's order, then [`UNKNOWN_FIELDS_COLUMN`] if the job keeps it, then
@@ -21,20 +22,21 @@ use iceberg::transaction::{AddColumn, ApplyTransactionAction, Transaction};
 use iceberg::{Catalog, TableCreation, TableIdent};
 
 use crate::catalog::{self, CatalogError};
-use crate::job::{Job, METADATA_COLUMNS, PartitionField, UNKNOWN_FIELDS_COLUMN, UnknownFields};
-use crate::sink::dead_letters;
+use crate::job::{Job, LATE_COLUMNS, METADATA_COLUMNS, PartitionField, UNKNOWN_FIELDS_COLUMN, UnknownFields};
 use crate::sink::durable::{FolderSyncError, sync_folders};
+use crate::sink::{dead_letters, suppressed};
 use crate::stop::Reason;
 
 /// Properties of a table that is created here, unless the job sets them.
 ///
 /// Every commit rewrites the metadata file, so it is compressed and its history of files is bounded. Ten
 /// snapshots are kept by any program that expires them, so a rollback has somewhere to go.
-pub const TABLE_PROPERTIES_DEFAULT: [(&str, &str); 5] = [
+pub const TABLE_PROPERTIES_DEFAULT: [(&str, &str); 6] = [
     ("write.parquet.compression-codec", "zstd"),
     ("write.parquet.compression-level", "1"),
     ("write.metadata.compression-codec", "gzip"),
     ("write.metadata.previous-versions-max", "100"),
+    ("write.metadata.delete-after-commit.enabled", "true"),
     ("history.expire.min-snapshots-to-keep", "10"),
 ];
 
@@ -149,6 +151,27 @@ impl fmt::Display for Addition {
 /// # Errors
 /// [`SchemaError::Invalid`] when two columns share a name.
 pub fn table_schema(job: &Job) -> Result<Schema, SchemaError> {
+    schema_of(job, true)
+}
+
+fn schema_of(job: &Job, metadata_required: bool) -> Result<Schema, SchemaError> {
+    let columns = main_columns(job, metadata_required);
+    let key_ids = identifier_field_ids(job, &columns);
+    build_schema(columns, key_ids)
+}
+
+/// Schema of the late table of a job: main's columns, then [`LATE_COLUMNS`]. It has no identifier fields: a row that is
+/// marked unproven may repeat one.
+///
+/// # Errors
+/// [`SchemaError::Invalid`] when two columns share a name.
+pub fn late_schema(job: &Job) -> Result<Schema, SchemaError> {
+    let mut columns = main_columns(job, true);
+    columns.extend(LATE_COLUMNS.map(|(name, of, required)| (name.to_owned(), of, required)));
+    build_schema(columns, Vec::new())
+}
+
+fn main_columns(job: &Job, metadata_required: bool) -> Vec<(String, PrimitiveType, bool)> {
     let mut columns: Vec<(String, PrimitiveType, bool)> = Vec::new();
     for column in &job.decode.columns {
         columns.push((column.name.clone(), column.column_type.clone(), column.required));
@@ -157,10 +180,9 @@ pub fn table_schema(job: &Job) -> Result<Schema, SchemaError> {
         columns.push((UNKNOWN_FIELDS_COLUMN.to_owned(), PrimitiveType::String, false));
     }
     for (name, column_type, required) in METADATA_COLUMNS {
-        columns.push((name.to_owned(), column_type, required));
+        columns.push((name.to_owned(), column_type, required && metadata_required));
     }
-    let key_ids = identifier_field_ids(job, &columns);
-    build_schema(columns, key_ids)
+    columns
 }
 
 fn identifier_field_ids(job: &Job, columns: &[(String, PrimitiveType, bool)]) -> Vec<i32> {
@@ -314,6 +336,29 @@ pub async fn create_dead_letters(catalog: &dyn Catalog, job: &Job) -> Result<Tab
     create(catalog, &table_ident(&job.sink.dead_letters.table)?, schema, spec, &BTreeMap::new()).await
 }
 
+/// Creates the late table of a job with its namespace, or loads it where another program was faster.
+///
+/// It is not partitioned: the late rows of one batch are few and of many days, and would be as many files. Of the job's
+/// table properties it takes none, as the dead-letter table.
+///
+/// # Errors
+/// As [`SchemaError`] says.
+pub async fn create_late(catalog: &dyn Catalog, job: &Job) -> Result<Table, SchemaError> {
+    let schema = late_schema(job)?;
+    let spec = partition_spec(&[], &schema)?;
+    create(catalog, &table_ident(&job.sink.late.table)?, schema, spec, &BTreeMap::new()).await
+}
+
+/// Creates the table of erased keys, or loads it where it stands.
+///
+/// # Errors
+/// As [`SchemaError`] says.
+pub async fn create_suppressed(catalog: &dyn Catalog, ident: &TableIdent) -> Result<Table, SchemaError> {
+    let schema = suppressed::table_schema()?;
+    let spec = partition_spec(&[], &schema)?;
+    create(catalog, ident, schema, spec, &BTreeMap::new()).await
+}
+
 async fn create(
     catalog: &dyn Catalog,
     ident: &TableIdent,
@@ -332,15 +377,19 @@ async fn create(
         .format_version(FormatVersion::V2)
         .build();
     catalog::ensure_namespace(catalog, ident.namespace()).await?;
-    let table = match catalog.create_table(ident.namespace(), creation).await {
-        Ok(table) => table,
-        // a lost race and a lost answer look alike: the table that stands there counts
-        Err(error) => match catalog::load(catalog, ident).await {
-            Ok(Some(table)) => table,
-            _ => return Err(CatalogError::classify(format!("creating table {ident}"), error).into()),
-        },
+    let made = catalog.create_table(ident.namespace(), creation).await;
+    crate::crash_point!("table_made");
+    // a lost race and a lost answer look alike, and a success may be none: the table that stands there counts
+    let table = match (made, catalog::load(catalog, ident).await) {
+        (_, Ok(Some(table))) => table,
+        (Err(error), _) => {
+            return Err(CatalogError::classify(format!("creating table {ident}"), error).into());
+        }
+        (Ok(_), Err(error)) => return Err(error.into()),
+        (Ok(_), Ok(None)) => return Err(CatalogError::made_in_vain(format!("creating table {ident}")).into()),
     };
     sync_table_folders(&table).await?;
+    crate::crash_point!("table_folders_synced");
     Ok(table)
 }
 
@@ -354,12 +403,13 @@ async fn sync_table_folders(table: &Table) -> Result<(), SchemaError> {
         .map_err(|source| SchemaError::FolderSync { table: table.identifier().to_string(), source })
 }
 
-/// Compares the main table with the job.
+/// Compares the main table with the job. Columns that tidemill fills in every row may be optional there: rows that another
+/// tool wrote have no value for them.
 ///
 /// # Errors
 /// [`SchemaError::Invalid`] when the job itself makes no schema.
 pub fn compare(table: &Table, job: &Job) -> Result<Comparison, SchemaError> {
-    Ok(compare_with(table, &table_schema(job)?, &job.sink.partition_by))
+    Ok(compare_with(table, &schema_of(job, false)?, &job.sink.partition_by))
 }
 
 /// Compares the dead-letter table with what this program writes to it.
@@ -368,6 +418,22 @@ pub fn compare(table: &Table, job: &Job) -> Result<Comparison, SchemaError> {
 /// [`SchemaError::Invalid`] never in practice: the schema is fixed.
 pub fn compare_dead_letters(table: &Table) -> Result<Comparison, SchemaError> {
     Ok(compare_with(table, &dead_letters::table_schema()?, &[]))
+}
+
+/// Compares the late table with the job.
+///
+/// # Errors
+/// [`SchemaError::Invalid`] when the job itself makes no schema.
+pub fn compare_late(table: &Table, job: &Job) -> Result<Comparison, SchemaError> {
+    Ok(compare_with(table, &late_schema(job)?, &[]))
+}
+
+/// Compares the table of erased keys with what this program writes to it.
+///
+/// # Errors
+/// [`SchemaError::Invalid`] never in practice: the schema is fixed.
+pub fn compare_suppressed(table: &Table) -> Result<Comparison, SchemaError> {
+    Ok(compare_with(table, &suppressed::table_schema()?, &[]))
 }
 
 fn compare_with(table: &Table, wanted: &Schema, partition_by: &[PartitionField]) -> Comparison {
@@ -437,7 +503,8 @@ fn compare_column(table: &Table, wanted: &NestedField) -> ColumnVerdict {
             ),
         ));
     }
-    if found.required != wanted.required {
+    let filled_in_every_row = METADATA_COLUMNS.iter().any(|(name, ..)| *name == wanted.name);
+    if found.required != wanted.required && !(found.required && filled_in_every_row) {
         differences.push(of_column(
             DifferenceKind::ColumnRequired,
             wanted,
@@ -480,18 +547,11 @@ fn judge_missing_column(table: &Table, wanted: &NestedField) -> ColumnVerdict {
         return ColumnVerdict::Refuse(vec![of_column(
             DifferenceKind::RequiredColumnMissing,
             wanted,
-            if wanted.name.starts_with("_kafka_") || wanted.name.starts_with("_tidemill_") {
-                format!(
-                    "column {} {}, which every table of a job has, is missing in table {ident}; name another table",
-                    wanted.name, wanted.field_type
-                )
-            } else {
-                format!(
-                    "column {} {} is required in the job and missing in table {ident}, whose rows would have no value \
-                     for it; make it optional in the job, or name another table",
-                    wanted.name, wanted.field_type
-                )
-            },
+            format!(
+                "column {} {} is required in the job and missing in table {ident}, whose rows would have no value for it; \
+                 make it optional in the job, or name another table",
+                wanted.name, wanted.field_type
+            ),
         )]);
     }
     let Type::Primitive(column_type) = wanted.field_type.as_ref() else {
@@ -588,7 +648,10 @@ pub async fn add_columns(
         change = change.add_column(AddColumn::optional(&addition.column, column_type));
     }
     let transaction = change.apply(transaction).map_err(of_catalog)?;
-    Ok(transaction.commit(catalog).await.map_err(of_catalog)?)
+    crate::crash_point!("columns_to_add");
+    let table = transaction.commit(catalog).await.map_err(of_catalog)?;
+    crate::crash_point!("columns_added");
+    Ok(table)
 }
 
 #[cfg(test)]

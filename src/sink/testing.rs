@@ -36,6 +36,7 @@ pub fn job(folder: &Path) -> Job {
         name: "notifications".to_owned(),
         memory_bytes: 256 << 20,
         state_dir: folder.join("state"),
+        state_copies: None,
         source: KafkaSource {
             topics: vec!["sent".to_owned()],
             start: StartPosition::Earliest,
@@ -64,6 +65,7 @@ pub fn job(folder: &Path) -> Job {
         dedup: Dedup {
             bucket_from: crate::job::BucketFrom::EventTime,
             beyond_window: crate::job::BeyondWindow::Check,
+            on_missing_keys: crate::job::OnMissingKeys::Stop,
             key: vec!["event_id".to_owned()],
             window: Duration::from_secs(7 * 86_400),
             repeats: Repeats::AnyTime,
@@ -88,6 +90,9 @@ pub fn job(folder: &Path) -> Job {
                 table: vec!["events".to_owned(), "notifications_dead_letters".to_owned()],
                 ratio_max: 0.05,
             },
+            late: crate::job::LateSink { table: vec!["events".to_owned(), "notifications_late".to_owned()] },
+            on_rollback: crate::job::OnRollback::Stop,
+            maintenance: crate::job::MaintenanceRule::default(),
         },
     }
 }

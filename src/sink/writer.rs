@@ -13,13 +13,18 @@
 //!
 //! Bounds: the share `memory_bytes` is split in eight. A row group grows to one eighth at most; one eighth each is
 //! kept for the copy that is made when a row group is closed and for the storage client; the rest is what open
-//! files may hold. Beyond that, or beyond [`OPEN_FILES_MAX`], the fullest file is finished early and its table
-//! partition goes on in a new file. A share below about 4 MiB is exceeded by the smallest possible file.
+//! files may hold. Beyond that the fullest file is finished early and its table partition goes on in a new file; beyond
+//! [`OPEN_FILES_MAX`] a file whose table partition the last batches did not have is finished, for as a rule no more of
+//! it comes. Where all still come, or the fullest is small, there are too many for files side by side: their rows wait
+//! on local disk ([`TableWriter::waiting_in`]) and are written in turn at the end. A share below about 4 MiB is exceeded
+//! by the smallest possible file.
 
 mod layout;
 mod stored;
+mod waiting;
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt32Array, new_null_array};
@@ -41,8 +46,11 @@ use iceberg::writer::{CurrentFileStatus, IcebergWriter, IcebergWriterBuilder};
 use uuid::Uuid;
 
 use crate::catalog::reason_of;
+use crate::mutant;
 use crate::sink::durable::{FolderSyncError, sync_folders};
 use crate::stop::Reason;
+
+use waiting::{Waiting, WaitingPartition};
 
 pub use layout::{FileLayout, LayoutError};
 pub use stored::{LostFile, StoredFilesError, files_exist, files_from_json, files_to_json};
@@ -51,6 +59,8 @@ pub use stored::{LostFile, StoredFilesError, files_exist, files_from_json, files
 pub const OPEN_FILES_MAX: usize = 64;
 /// Most files that are closed, and so synced, at the same time.
 pub const FILES_CLOSING_MAX: usize = 4;
+/// A file whose table partition stood in none of so many batches is finished when its place is needed.
+const IDLE_BATCHES_MAX: u64 = 2;
 /// Longest partition value inside a path, in bytes after escaping; file systems take 255 for a whole name.
 const PATH_VALUE_BYTES_MAX: usize = 150;
 
@@ -90,6 +100,14 @@ pub enum WriteError {
         /// The column and both sides.
         what: String,
     },
+    /// Rows can not be laid aside in the state folder, or do not come back.
+    #[error("rows of table {table} can not wait on local disk")]
+    Waiting {
+        /// Name of the table.
+        table: String,
+        /// The error below.
+        source: arrow::error::ArrowError,
+    },
     /// Arrow failed on a batch that fits.
     #[error("rows of table {table} can not be split or cast")]
     Arrow {
@@ -105,7 +123,7 @@ impl WriteError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Storage { source, .. } => reason_of(source),
-            Self::FolderSync { .. } => Reason::StorageFailed,
+            Self::FolderSync { .. } | Self::Waiting { .. } => Reason::StorageFailed,
             Self::Layout { .. } => Reason::Usage,
             Self::Columns { .. } | Self::Arrow { .. } => Reason::Unexpected,
         }
@@ -128,7 +146,10 @@ pub struct TableWriter {
     builder: FileWriterBuilder,
     locations: TableLocations,
     open: HashMap<PartitionBytes, OpenFile>,
+    /// `None` = all table partitions have files side by side, however small.
+    waiting: Option<Waiting>,
     finished: Vec<DataFile>,
+    batches_written: u64,
     rows_written: u64,
 }
 
@@ -137,6 +158,9 @@ type PartitionBytes = Box<[u8]>;
 
 struct OpenFile {
     writer: FileWriter,
+    values: Struct,
+    /// Number of the last batch that had rows for it.
+    last_batch: u64,
     /// Encoded bytes so far, those already handed to the storage included.
     written_bytes: usize,
 }
@@ -195,9 +219,19 @@ impl TableWriter {
             builder: DataFileWriterBuilder::new(rolling),
             locations,
             open: HashMap::new(),
+            waiting: None,
             finished: Vec::new(),
+            batches_written: 0,
             rows_written: 0,
         })
+    }
+
+    /// Lets rows wait on local disk where they are of too many table partitions to have a file open for each. `folder`
+    /// exists; what lies there has no name and is gone with the process.
+    #[must_use]
+    pub fn waiting_in(mut self, folder: &Path) -> Self {
+        self.waiting = Some(Waiting::new(folder));
+        self
     }
 
     /// Id of the schema that the files are written with.
@@ -228,6 +262,7 @@ impl TableWriter {
         }
         let batch = self.columns.conform(batch).map_err(|misfit| misfit.in_table(&self.table))?;
         let rows_per_piece = self.layout.rows_per_piece(&batch);
+        self.batches_written += 1;
         for part in self.split(batch)? {
             let mut start = 0;
             while start < part.rows.num_rows() {
@@ -253,26 +288,58 @@ impl TableWriter {
         rows: RecordBatch,
     ) -> Result<(), WriteError> {
         let count = rows.num_rows() as u64;
+        if !self.open.contains_key(key) && !self.make_room(key, values).await? {
+            let waiting = self.waiting.as_mut().expect("only what can wait has no room");
+            waiting.push(key, &rows).map_err(|source| not_laid_aside(&self.table, source))?;
+            self.rows_written += count;
+            return Ok(());
+        }
         if !self.open.contains_key(key) {
-            while self.open.len() >= OPEN_FILES_MAX {
-                self.finish_fullest().await?;
-            }
-            let partition =
-                PartitionKey::new(self.spec.as_ref().clone(), self.schema.clone(), values.clone());
-            let writer = self.builder.build(Some(partition)).await.map_err(|error| self.of_storage(error))?;
-            self.open.insert(key.clone(), OpenFile { writer, written_bytes: 0 });
+            let writer = self.open_file(values).await?;
+            let file = OpenFile { writer, values: values.clone(), last_batch: 0, written_bytes: 0 };
+            self.open.insert(key.clone(), file);
         }
         let file = self.open.get_mut(key).expect("the file was opened above");
         let outcome = file.writer.write(rows).await;
         if outcome.is_ok() {
             file.written_bytes = file.writer.current_written_size();
+            file.last_batch = self.batches_written;
         }
         outcome.map_err(|error| self.of_storage(error))?;
         self.rows_written += count;
+        crate::crash_point!("data_rows_taken");
         while self.open.len() > 1 && self.held_bytes() > self.layout.open_bytes_max() {
             self.finish_fullest().await?;
         }
         Ok(())
+    }
+
+    /// Whether a file may be opened for this table partition; if not, its rows wait.
+    async fn make_room(&mut self, key: &PartitionBytes, values: &Struct) -> Result<bool, WriteError> {
+        if self.waiting.as_ref().is_some_and(|waiting| waiting.contains(key)) {
+            return Ok(false);
+        }
+        while self.open.len() >= OPEN_FILES_MAX {
+            if self.finish_idle().await? {
+                continue;
+            }
+            match &mut self.waiting {
+                Some(waiting) => {
+                    waiting.begin(key, values);
+                    return Ok(false);
+                }
+                None => self.finish_fullest().await?,
+            }
+        }
+        Ok(true)
+    }
+
+    async fn open_file(&self, values: &Struct) -> Result<FileWriter, WriteError> {
+        let partition = PartitionKey::new(self.spec.as_ref().clone(), self.schema.clone(), values.clone());
+        crate::crash_point!("data_file_begins");
+        let file = self.builder.build(Some(partition)).await.map_err(|error| self.of_storage(error))?;
+        crate::crash_point!("data_file_open");
+        Ok(file)
     }
 
     /// Upper bound of what the open files hold in memory.
@@ -280,15 +347,53 @@ impl TableWriter {
         self.open.values().map(|file| self.layout.held_bytes(file.written_bytes)).sum()
     }
 
-    /// Finishes the open file with most bytes: it frees most, and leaves the fewest small files behind.
+    /// Finishes the open file with most bytes: it frees most, and leaves the fewest small files behind. If even that one
+    /// is small, the rest of its table partition waits.
     async fn finish_fullest(&mut self) -> Result<(), WriteError> {
         let fullest = self.open.iter().max_by_key(|(_, file)| file.written_bytes).map(|(key, _)| key.clone());
-        let Some(mut file) = fullest.and_then(|key| self.open.remove(&key)) else {
-            return Ok(());
-        };
+        let Some((key, file)) = fullest.and_then(|key| self.open.remove_entry(&key)) else { return Ok(()) };
+        if let Some(waiting) = &mut self.waiting
+            && file.written_bytes < self.layout.small_file_bytes()
+        {
+            waiting.begin(&key, &file.values);
+        }
+        self.close(file).await
+    }
+
+    /// Finishes the file that was written to longest ago, unless its table partition may still come.
+    async fn finish_idle(&mut self) -> Result<bool, WriteError> {
+        let idle = self.open.iter().min_by_key(|(_, file)| file.last_batch);
+        let Some((key, file)) = idle else { return Ok(false) };
+        if file.last_batch + IDLE_BATCHES_MAX >= self.batches_written {
+            return Ok(false);
+        }
+        let key = key.clone();
+        let file = self.open.remove(&key).expect("it was found above");
+        self.close(file).await?;
+        Ok(true)
+    }
+
+    async fn close(&mut self, mut file: OpenFile) -> Result<(), WriteError> {
         let files = file.writer.close().await.map_err(|error| self.of_storage(error))?;
+        crate::crash_point!("data_file_closed_early");
         self.finished.extend(files);
         Ok(())
+    }
+
+    /// A file of a table partition whose rows waited.
+    async fn write_waiting(
+        &self,
+        waiting: &Waiting,
+        partition: WaitingPartition,
+    ) -> Result<Vec<DataFile>, WriteError> {
+        let mut writer = self.open_file(&partition.values).await?;
+        for piece in partition.pieces {
+            let batches = waiting.read(piece).map_err(|source| not_laid_aside(&self.table, source))?;
+            for rows in batches {
+                writer.write(rows).await.map_err(|error| self.of_storage(error))?;
+            }
+        }
+        writer.close().await.map_err(|error| self.of_storage(error))
     }
 
     /// Closes and syncs all files and gives them back, none for a writer that took no row. The order means nothing.
@@ -299,18 +404,31 @@ impl TableWriter {
     pub async fn finish(&mut self) -> Result<Vec<DataFile>, WriteError> {
         let open: Vec<OpenFile> = self.open.drain().map(|(_, file)| file).collect();
         let closing = futures::stream::iter(open)
-            .map(|mut file| async move { file.writer.close().await })
+            .map(|mut file| async move {
+                let closed = file.writer.close().await;
+                crate::crash_point!("data_file_closed");
+                closed
+            })
             .buffer_unordered(FILES_CLOSING_MAX);
         let closed: Vec<Vec<DataFile>> =
             closing.try_collect().await.map_err(|error| self.of_storage(error))?;
         let mut files = std::mem::take(&mut self.finished);
         files.extend(closed.into_iter().flatten());
+        if let Some(mut waiting) = self.waiting.take() {
+            let partitions = waiting.take();
+            let writing = futures::stream::iter(partitions)
+                .map(|partition| self.write_waiting(&waiting, partition))
+                .buffer_unordered(FILES_CLOSING_MAX);
+            files.extend(writing.try_collect::<Vec<_>>().await?.into_iter().flatten());
+        }
         let rows: u64 = files.iter().map(DataFile::record_count).sum();
         assert_eq!(rows, self.rows_written, "every row written stands in exactly one data file");
+        crate::crash_point!("data_folders_to_sync");
         let paths: Vec<&str> = files.iter().map(DataFile::file_path).collect();
-        sync_folders(&paths, &self.locations.folder())
-            .await
-            .map_err(|source| WriteError::FolderSync { table: self.table.clone(), source })?;
+        let top = self.locations.folder();
+        let synced = mutant!("skip-data-folder-sync", Ok(()) => sync_folders(&paths, &top).await);
+        synced.map_err(|source| WriteError::FolderSync { table: self.table.clone(), source })?;
+        crate::crash_point!("data_folders_synced");
         Ok(files)
     }
 
@@ -326,6 +444,7 @@ impl TableWriter {
             if let Err(error) = self.file_io.delete(&location).await {
                 outcome = outcome.and(Err(self.of_storage(error)));
             }
+            crate::crash_point!("data_file_given_up");
         }
         outcome
     }
@@ -333,6 +452,10 @@ impl TableWriter {
     fn of_storage(&self, error: iceberg::Error) -> WriteError {
         WriteError::Storage { table: self.table.clone(), source: Box::new(error) }
     }
+}
+
+fn not_laid_aside(table: &str, source: arrow::error::ArrowError) -> WriteError {
+    WriteError::Waiting { table: table.to_owned(), source }
 }
 
 /// Why a batch does not fit, before the name of the table is added.

@@ -95,7 +95,7 @@ impl ClientContext for Context {
                     | RDKafkaErrorCode::SSL
             )
         );
-        if refusal {
+        if refusal || is_tls_alert(text) {
             reports.refused = Some(text.to_owned());
         }
         // "all brokers are down" says less than the error that brought the last one down.
@@ -103,6 +103,12 @@ impl ClientContext for Context {
             reports.last = Some(text.to_owned());
         }
     }
+}
+
+/// Whether a broker ended the connection with a TLS alert, as it does over a client certificate that is missing or that it
+/// does not trust. TLS 1.3 tells of it after the handshake, so librdkafka calls it a transport failure.
+pub(super) fn is_tls_alert(text: &str) -> bool {
+    text.contains("SSL alert number") && !text.contains("close notify")
 }
 
 impl ConsumerContext for Context {

@@ -14,6 +14,7 @@ use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
 
 use crate::job::KafkaSource;
+use crate::mutant;
 use crate::source::error::SourceError;
 
 /// Bytes that a queued record costs beside its key and payload: librdkafka's operation and its allocation.
@@ -35,6 +36,8 @@ const PROTOCOL_BYTES: u64 = 1 << 20;
 const FULL_QUEUE_BACKOFF_MS: u32 = 10;
 /// How long a broker holds a request at the end of the log: the delay of the last end event of a drain.
 const FETCH_WAIT_MS: u32 = 100;
+/// The same for a log that is followed for ever: librdkafka's default. Records end the wait, so it delays none.
+const FETCH_WAIT_AT_THE_END_MS: u32 = 500;
 
 /// Properties that exactness rests on. Set after the job's own.
 const FIXED: [(&str, &str); 10] = [
@@ -49,6 +52,13 @@ const FIXED: [(&str, &str); 10] = [
     ("log.connection.close", "false"),
     ("log.thread.name", "false"),
 ];
+
+/// Lets brokers hold requests at the end of a log longer, unless the job says how long.
+pub(super) fn wait_at_the_end(config: &mut ClientConfig) {
+    if config.get("fetch.wait.max.ms") == Some(&FETCH_WAIT_MS.to_string()) {
+        config.set("fetch.wait.max.ms", FETCH_WAIT_AT_THE_END_MS.to_string());
+    }
+}
 
 /// Sizes of the client's queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,6 +128,7 @@ pub(super) fn client_config(source: &KafkaSource, job_name: &str) -> Result<Clie
         }
     }
     for (property, value) in FIXED {
+        let value = mutant!("latest-on-reset", if value == "error" { "latest" } else { value } => value);
         config.set(property, value);
     }
     if config.get("debug").is_some() {

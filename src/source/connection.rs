@@ -16,7 +16,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::job::{KafkaSource, Setting, StartPosition};
 use crate::offset::{NextOffset, TopicId, TopicPartition};
-use crate::source::client::KafkaClient;
+use crate::source::client::{KafkaClient, is_tls_alert};
 use crate::source::config::client_config;
 use crate::source::error::{ACLS_NEEDED, SourceError};
 use crate::source::ranges::OffsetRange;
@@ -28,6 +28,8 @@ pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 const UNKNOWN_TOPIC_TIME_MAX: Duration = Duration::from_secs(2);
 /// Longest single question, so that a refused connection is seen before all time has passed.
 const QUESTION_TIME_MAX: Duration = Duration::from_secs(5);
+/// From one look for new topic partitions to the next, unless the job sets `topic.metadata.refresh.interval.ms`.
+const LOOK_INTERVAL_DEFAULT: Duration = Duration::from_secs(60);
 /// Longest single question of a client that may not be connected yet.
 const CONNECT_QUESTION_TIME: Duration = Duration::from_secs(1);
 /// Pause before a question is asked again.
@@ -118,6 +120,15 @@ impl Connection {
             topics: source.topics.clone(),
             brokers,
             answer_time_max,
+        })
+    }
+
+    /// From one look for new topic partitions to the next; `None` if the job wants none (-1, as librdkafka has it).
+    pub fn look_interval(&self) -> Option<Duration> {
+        let asked =
+            self.config.get("topic.metadata.refresh.interval.ms").and_then(|text| text.parse::<i64>().ok());
+        asked.map_or(Some(LOOK_INTERVAL_DEFAULT), |interval_ms| {
+            u64::try_from(interval_ms).ok().map(Duration::from_millis)
         })
     }
 
@@ -217,6 +228,32 @@ impl Connection {
             held.insert(topic_partition.clone(), OffsetRange { low, end: end.max(low) });
         }
         Ok(held)
+    }
+
+    /// Ends of logs with the records of open transactions, which a committed reader does not get to see yet.
+    ///
+    /// Asks by a client of its own, which lives for one question: librdkafka has one isolation level per client.
+    ///
+    /// # Errors
+    /// As [`Connection::describe`].
+    pub fn ends_with_open_transactions(
+        &self,
+        topic_partitions: &[TopicPartition],
+    ) -> Result<BTreeMap<TopicPartition, NextOffset>, SourceError> {
+        if topic_partitions.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let mut config = self.config.clone();
+        config.set("isolation.level", "read_uncommitted");
+        let asking = Self {
+            client: KafkaClient::start(&config)?,
+            config,
+            topics: self.topics.clone(),
+            brokers: self.brokers.clone(),
+            ..*self
+        };
+        let ends = asking.list_offsets(topic_partitions, Offset::End)?;
+        Ok(ends.into_iter().filter_map(|(name, end)| Some((name, end?))).collect())
     }
 
     /// Next offsets for topic partitions that the ledger does not know.
@@ -389,11 +426,9 @@ impl<'a> Question<'a> {
         self.connection.client.serve()?;
         let context = self.connection.client.context();
         if let Some(answer) = context.refused() {
-            return Err(SourceError::NotAuthorized {
-                what: format!("the connection to {}", self.connection.brokers),
-                answer,
-                needed: "valid credentials and certificates in [source.kafka.properties]",
-            });
+            let needed = needed_to_connect(&answer);
+            let what = format!("the connection to {}", self.connection.brokers);
+            return Err(SourceError::NotAuthorized { what, answer, needed });
         }
         if code == RDKafkaErrorCode::TopicAuthorizationFailed {
             return Err(not_authorized(&self.connection.topics.join(", "), code));
@@ -410,6 +445,23 @@ impl<'a> Question<'a> {
         // The client tells of no condition: the next answer is the condition, and the whole question has a bound.
         thread::sleep(ASK_AGAIN_AFTER);
         Ok(())
+    }
+}
+
+/// What a refused connection lacks, by the client's words for it, as far as they tell.
+fn needed_to_connect(answer: &str) -> &'static str {
+    let says = |word: &str| answer.contains(word);
+    if says("mechanism handshake failed") || says("Unsupported SASL mechanism") {
+        "a sasl.mechanism that the broker offers"
+    } else if says("SASL") {
+        "the right sasl.username and sasl.password, and a sasl.mechanism that knows them"
+    } else if is_tls_alert(answer) {
+        "a client certificate that the brokers trust, in ssl.keystore.location, or in ssl.certificate.location and \
+         ssl.key.location"
+    } else if says("certificate verify failed") {
+        "a broker certificate that ssl.ca.location proves, that names the host in bootstrap.servers and has not expired"
+    } else {
+        "a security.protocol, credentials and certificates in [source.kafka.properties] that the brokers take"
     }
 }
 
@@ -463,6 +515,31 @@ mod tests {
             topics.entry(topic.to_string()).or_default().insert(*partition, *offset);
         }
         StartPosition::Offsets(topics)
+    }
+
+    #[test]
+    fn a_refused_connection_names_the_fields_that_librdkafkas_words_point_to() {
+        for (answer, field) in [
+            ("SASL PLAIN mechanism handshake failed: Broker: Unsupported SASL mechanism", "sasl.mechanism"),
+            (
+                "SASL authentication error: Authentication failed: Invalid username or password",
+                "sasl.password",
+            ),
+            (
+                "Receive failed: error:0A000412:SSL routines::ssl/tls alert bad certificate: SSL alert number 42",
+                "ssl.keystore.location",
+            ),
+            (
+                "SSL handshake failed: error:0A000086:SSL routines::certificate verify failed",
+                "ssl.ca.location",
+            ),
+            (
+                "SSL handshake failed: Disconnected: connecting to a PLAINTEXT broker listener?",
+                "security.protocol",
+            ),
+        ] {
+            assert!(needed_to_connect(answer).contains(field), "{answer}");
+        }
     }
 
     #[test]

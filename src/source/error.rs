@@ -95,9 +95,9 @@ pub enum SourceError {
     },
     /// A topic partition gave neither records nor its end for too long.
     #[error(
-        "{topic_partition} gave nothing for {} s at offset {next} of {end} (last: {last}); records up to there \
+        "{topic_partition} gave nothing for {} s at offset {next}{} (last: {last}); records up to there \
          are safe, run again when the broker serves this topic partition",
-        waited.as_secs()
+        waited.as_secs(), said_end(*end)
     )]
     Stalled {
         /// The topic partition.
@@ -163,6 +163,11 @@ impl SourceError {
 
 fn said_nearest(nearest: &[String]) -> String {
     if nearest.is_empty() { String::new() } else { format!("; nearest: {}", nearest.join(", ")) }
+}
+
+/// A log that is followed for ever has no end to speak of.
+fn said_end(end: NextOffset) -> String {
+    if end.get() == i64::MAX { String::new() } else { format!(" of {end}") }
 }
 
 fn joined(ranges: &[LostRange]) -> String {

@@ -11,6 +11,7 @@
 //! the queue before anything that follows the gap, so nothing of that is taken: the client is thrown away and a new
 //! one reads from the next offset again, at most [`REREADS_MAX`] times without progress.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,10 +21,11 @@ use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::mutant;
 use crate::offset::{NextOffset, TopicPartition};
 use crate::record::{RecordChunk, RecordParts};
 use crate::source::client::{Context, KafkaClient};
-use crate::source::config::QueueSizes;
+use crate::source::config::{QueueSizes, wait_at_the_end};
 use crate::source::connection::{Connection, client_error, is_unknown_topic, not_authorized};
 use crate::source::error::SourceError;
 use crate::source::queue::{Head, PartitionQueue, RecordView, Wake};
@@ -35,6 +37,9 @@ pub const STALL_AFTER_DEFAULT: Duration = Duration::from_secs(60);
 const TURN_RECORDS_MAX: usize = 512;
 /// Longest wait before the queues are looked at again, whether woken or not.
 const WAIT_MAX: Duration = Duration::from_millis(50);
+/// The same where every topic partition stands at the end of a log that is followed for ever: a topic at rest costs
+/// next to nothing, and what arrives wakes the reader.
+const WAIT_AT_REST_MAX: Duration = Duration::from_millis(500);
 /// Most new clients for one damaged record batch or range error before it is believed.
 const REREADS_MAX: u32 = 3;
 /// Pause before a damaged record batch is read again.
@@ -99,11 +104,13 @@ pub struct ReaderOptions {
     pub headers: bool,
     /// How long a topic partition may be silent, counted while [`Reader::read`] or [`Reader::verify_tails`] runs.
     pub stall_after: Duration,
+    /// Into how many equal parts the memory of the client's queues is divided; this reader takes one. At least 1.
+    pub queue_parts: u32,
 }
 
 impl Default for ReaderOptions {
     fn default() -> Self {
-        Self { headers: true, stall_after: STALL_AFTER_DEFAULT }
+        Self { headers: true, stall_after: STALL_AFTER_DEFAULT, queue_parts: 1 }
     }
 }
 
@@ -136,6 +143,8 @@ pub struct Reader {
     client: Option<KafkaClient>,
     wake: Arc<Wake>,
     config: ClientConfig,
+    queue_bytes: u64,
+    record_bytes_max: u64,
     options: ReaderOptions,
     brokers: String,
     /// The slot whose turn is next.
@@ -198,7 +207,7 @@ impl Slot {
         Self {
             topic_partition,
             start,
-            end,
+            end: mutant!("frozen-end-overrun", NextOffset::at(end.get().saturating_add(1)) => end),
             next: start,
             tail,
             unchecked,
@@ -331,7 +340,7 @@ impl Slot {
 /// A first record at or after the start means that the tail was compacted away: no proof. One between the two was
 /// not there when the tail was consumed, so the log was written again.
 fn differs(tail: Tail, found: Tail, start: NextOffset) -> bool {
-    found.offset < start.get() && found != tail
+    found.offset < start.get() && mutant!("tail-not-compared", false => found != tail)
 }
 
 /// What a turn of one slot came to.
@@ -367,14 +376,17 @@ impl Reader {
             "a topic partition stands once in a plan"
         );
         let slots: Vec<_> = plan.into_iter().map(Slot::new).collect();
-        let queues = slots.iter().filter(|slot| slot.is_needed()).count();
         let mut config = connection.config.clone();
-        QueueSizes::plan(connection.queue_bytes, queues, connection.record_bytes_max).apply(&mut config);
+        if slots.iter().any(|slot| slot.end == ReadPlan::no_end()) {
+            wait_at_the_end(&mut config);
+        }
         let mut reader = Self {
             slots,
             client: None,
             wake: Arc::new(Wake::default()),
-            config,
+            config: connection.config.clone(),
+            queue_bytes: connection.queue_bytes,
+            record_bytes_max: connection.record_bytes_max,
             options,
             brokers: connection.brokers.clone(),
             turn: 0,
@@ -382,6 +394,21 @@ impl Reader {
         };
         reader.start_client()?;
         Ok(reader)
+    }
+
+    /// Reads another plan in place of this one. What was fetched and not delivered is fetched again.
+    ///
+    /// # Errors
+    /// As [`Reader::assign`]; the reader then has no topic partition.
+    ///
+    /// # Panics
+    /// As [`Reader::assign`].
+    pub fn reassign(&mut self, connection: &Connection, plan: Vec<ReadPlan>) -> Result<(), SourceError> {
+        // First, so that two clients never hold full queues.
+        self.slots.clear();
+        self.client = None;
+        *self = Self::assign(connection, plan, self.options)?;
+        Ok(())
     }
 
     /// Starts a client at the slots' positions, in place of the one before, of which no event is ever seen again.
@@ -393,9 +420,12 @@ impl Reader {
             slot.moved_at = self.time_read;
         }
         self.client = None;
-        if !self.slots.iter().any(Slot::is_needed) {
+        let queues = self.slots.iter().filter(|slot| slot.is_needed()).count();
+        if queues == 0 {
             return Ok(());
         }
+        let queue_bytes = self.queue_bytes / u64::from(self.options.queue_parts.max(1));
+        QueueSizes::plan(queue_bytes, queues, self.record_bytes_max).apply(&mut self.config);
         let client = KafkaClient::start(&self.config)?;
         let mut assignment = TopicPartitionList::new();
         for slot in self.slots.iter_mut().filter(|slot| slot.is_needed()) {
@@ -452,6 +482,35 @@ impl Reader {
         if differing.is_empty() { Ok(()) } else { Err(SourceError::TailDiffers { places: differing }) }
     }
 
+    /// Moves frozen ends forward, so that a reader that was exhausted reads on. An end that is not beyond the one that it has
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// [`SourceError::Client`] if a topic partition that was never read needs a client and it refuses.
+    pub fn extend(&mut self, ends: &BTreeMap<TopicPartition, NextOffset>) -> Result<(), SourceError> {
+        let mut lacks_queue = false;
+        for slot in &mut self.slots {
+            let Some(&end) = ends.get(&slot.topic_partition).filter(|end| **end > slot.end) else { continue };
+            slot.end = end;
+            (slot.finished, slot.at_end) = (false, false);
+            slot.moved(self.time_read);
+            lacks_queue |= slot.queue.is_none();
+        }
+        if lacks_queue { self.start_client() } else { Ok(()) }
+    }
+
+    /// Divides the queues' memory with other readers from now on. What was fetched and not read is fetched again.
+    ///
+    /// # Errors
+    /// [`SourceError::Client`] if the client refuses the assignment.
+    pub fn divide_queue(&mut self, parts: u32) -> Result<(), SourceError> {
+        if self.options.queue_parts == parts {
+            return Ok(());
+        }
+        self.options.queue_parts = parts;
+        self.start_client()
+    }
+
     /// Appends records to the chunk until a limit, the deadline, or the frozen end of every topic partition.
     ///
     /// Topic partitions take turns of at most 512 records. Tails that were not compared by
@@ -468,6 +527,46 @@ impl Reader {
             slot.keep_tail();
         }
         status
+    }
+
+    /// Waits until a record stands at the head of a queue, and leaves it there; `false` if the deadline passed first.
+    ///
+    /// # Errors
+    /// As [`Reader::read`].
+    pub fn await_record(&mut self, deadline: Instant) -> Result<bool, SourceError> {
+        loop {
+            for index in 0..self.slots.len() {
+                if !self.slots[index].is_needed() {
+                    continue;
+                }
+                match self.slots[index].head(self.time_read) {
+                    Ok(Next::Record) => {
+                        self.slots[index].moved(self.time_read);
+                        return Ok(true);
+                    }
+                    Ok(Next::Nothing | Next::Finished) => {}
+                    Err(fault) => self.resolve(index, fault)?,
+                }
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Ok(false);
+            }
+            self.wait(deadline - now)?;
+            self.check_stall()?;
+        }
+    }
+
+    /// Begins to measure silence anew, after [`SourceError::Stalled`] or [`SourceError::Away`] that is to be sat out.
+    /// `renewed` = with a new client at the same positions, where the broker answers and the one before got nothing.
+    ///
+    /// # Errors
+    /// As [`Reader::assign`].
+    pub fn be_patient(&mut self, renewed: bool) -> Result<(), SourceError> {
+        for slot in &mut self.slots {
+            slot.moved_at = self.time_read;
+        }
+        if renewed { self.start_client() } else { Ok(()) }
     }
 
     fn read_in_turns(
@@ -631,7 +730,8 @@ impl Reader {
     /// Waits for an event, at most `longest` and never long.
     fn wait(&mut self, longest: Duration) -> Result<(), SourceError> {
         let begun = Instant::now();
-        self.wake.wait(longest.min(WAIT_MAX));
+        let is_at_rest = !self.slots.iter().any(Slot::is_owed);
+        self.wake.wait(longest.min(if is_at_rest { WAIT_AT_REST_MAX } else { WAIT_MAX }));
         self.time_read += begun.elapsed();
         self.serve()
     }

@@ -15,7 +15,10 @@ from services import Broker, RestCatalog, S3Server
 from truth import LogTruth
 
 # Started first, so that no worker is left with a long test at the end.
-LONG = ("test_four_waves", "test_sixty_kills", "test_a_wave_through", "test_the_demo_writes", "test_a_demo_that_is")
+LONG = (
+    "test_a_kill_at_every_point", "test_a_failed_call_ends", "test_a_copy_that_slept", "test_four_waves",
+    "test_sixty_kills", "test_a_broker_and_a_catalog", "test_a_wave_through", "test_the_demo_writes", "test_a_demo_that_is",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,10 +11,15 @@ from confluent_kafka import Producer
 NOW_MS = time.time_ns() // 1_000_000
 
 
+def event_id(number: int) -> str:
+    """The id of the event of this number."""
+    return f"event-{number:09}"
+
+
 def event(number: int, **members: Any) -> dict[str, Any]:
     """A good event whose id follows from its number; members given replace or add."""
     return {
-        "event_id": f"event-{number:09}",
+        "event_id": event_id(number),
         "event_type": ("generated", "sent", "delivered", "clicked")[number % 4],
         "ts": NOW_MS - 3_600_000 + number,
         "notification_id": f"notification-{number // 4}",

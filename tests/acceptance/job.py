@@ -111,6 +111,10 @@ class Running:
         """Sends a signal."""
         self._child.send_signal(number)
 
+    def is_stopped(self) -> bool:
+        """Whether SIGSTOP holds it."""
+        return Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
     def kill(self) -> None:
         """`kill -9`, and waits until it is gone."""
         self._child.kill()
@@ -164,12 +168,17 @@ class Job:
     kafka: dict[str, str]
     name: str = "notifications"
     start: str = "earliest"
+    window: str = "7 days"
     memory: str = "512 MiB"
     columns: str = COLUMNS
     table: str = "events.notifications"
     catalog: dict[str, str] = field(default_factory=dict)
     microbatch: dict[str, str | int] = field(default_factory=dict)
+    partition_by: list[str] = field(default_factory=lambda: ["day(event_time)"])
     max_ratio: float = 0.05
+    # most tests read the whole history of a table; maintenance runs, and lets no snapshot go
+    maintenance: dict[str, str | int] = field(default_factory=lambda: {"max_snapshots": 1_000_000})
+    table_properties: dict[str, str] = field(default_factory=dict)
     decode: dict[str, str] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     state_dir: Path | None = None
@@ -218,14 +227,16 @@ class Job:
             'column = "event_time"',
             "[dedup]",
             'key = ["event_id"]',
-            'window = "7 days"',
+            f"window = {_toml(self.window)}",
             "[microbatch]",
             *_members(self.microbatch),
             "[sink.iceberg]",
             f"table = {_toml(self.table)}",
-            'partition_by = ["day(event_time)"]',
+            f"partition_by = {json.dumps(self.partition_by)}",
             "catalog = { " + ", ".join(_members(self.catalog)) + " }",
             f"dead_letters = {{ max_ratio = {self.max_ratio} }}",
+            "maintenance = { " + ", ".join(_members(self.maintenance)) + " }",
+            "table_properties = { " + ", ".join(_members(self.table_properties)) + " }",
         ]
         self.path.write_text("\n".join(lines) + "\n")
         return self
@@ -275,13 +286,19 @@ class Job:
         assert theirs.distinct() == len(truth.events)
         assert theirs.by_type() == truth.by_type
         assert theirs.differences(set(truth.events)) == (0, 0), "(missing, extra) as DuckDB sees them"
+        self.check_letters(truth)
+
+    def check_letters(self, truth: LogTruth) -> None:
+        """Each refused place of the topics stands once in the dead-letter table, and no other."""
         places = sorted((row["topic"], row["partition"], row["offset"], row["index"]) for row in self.letters())
         assert places == sorted(tuple(place) for place in truth.letters), "the dead letters are not the refused rows"
 
 
 # `tidemill COMMAND... JOB --option value`, as it stands in a sentence or on a line of its own
 COMMAND = re.compile(r"\btidemill ((?:[a-z-]+ )+(?:JOB|\S+\.toml)(?: --[a-z-]+(?:[ =][^\s;,)`]+)?)*)")
-ASKING = ("accept-loss", "rebase-offsets", "state discard")
+ASKING = (
+    "accept-loss", "rebase-offsets", "state discard", "state adopt", "state rekey", "state forget", "watermark set",
+)  # fmt: skip
 
 
 def named_command(stop: dict[str, Any], job_path: Path) -> list[str]:

@@ -76,9 +76,20 @@ def _commit(snapshot_id: int, summary: dict[str, str]) -> Commit:
     )
 
 
-def check_chain(table: Table) -> list[Commit]:
-    """The history has no gap: dense sequence and batches, rising epochs, fresh attempts, offsets that only grow."""
-    commits = history(table)
+def with_earlier(earlier: list[Commit], table: Table) -> list[Commit]:
+    """The history with the commits that stood in it before someone expired them."""
+    commits = {commit.sequence: commit for commit in earlier}
+    for commit in history(table):
+        assert commits.setdefault(commit.sequence, commit) == commit, f"commit {commit.sequence} was rewritten"
+    return [commits[sequence] for sequence in sorted(commits)]
+
+
+def check_chain(table: Table, earlier: list[Commit] | None = None) -> list[Commit]:
+    """The history has no gap: dense sequence and batches, rising epochs, fresh attempts, offsets that only grow.
+
+    `earlier` are commits that were seen before their snapshots were expired.
+    """
+    commits = with_earlier(earlier or [], table)
     assert commits, "the table carries no commit of the job"
     assert commits[0].kind == "start", f"the first commit is {commits[0].kind}"
     for before, after in itertools.pairwise(commits):
@@ -98,6 +109,20 @@ def check_chain(table: Table) -> list[Commit]:
     assert record["attempt"] == commits[-1].attempt, "the property is not the head's"
     assert full_offsets(record, "end") == commits[-1].ends, "property and summary disagree on offsets"
     return commits
+
+
+def check_totals(commits: list[Commit], truth: LogTruth) -> None:
+    """All batches together read every row once and wrote every event once, whatever others did to the rows since."""
+    counts = [commit.counts for commit in commits if commit.kind == "data"]
+    total = {outcome: sum(count[outcome] for count in counts) for outcome in ("consumed", "written", "duplicate")}
+    total["refused"] = sum(count["dead_letter"] + count["dead_letter_known"] for count in counts)
+    assert total == {
+        "consumed": truth.consumed,
+        "written": len(truth.events),
+        "duplicate": truth.duplicates,
+        "refused": len(truth.letters),
+    }, total
+    assert commits[-1].ends == truth.ends, f"read to {commits[-1].ends}, the log ends at {truth.ends}"
 
 
 def check_conservation(table: Table, truth: LogTruth) -> list[Commit]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,21 +79,28 @@ class PyicebergReader:
         assert not refused, f"readers that take Avro names only refuse {refused}"
 
 
+@cache
+def _duckdb() -> duckdb.DuckDBPyConnection:
+    """DuckDB with its extensions, loaded once per worker: that takes longer than most questions."""
+    connection = duckdb.connect()
+    for name in ("httpfs", "avro", "iceberg"):
+        package = Path(import_module(f"duckdb_extension_{name}").__file__ or "").parent
+        binary = next(package.glob(f"extensions/*/{name}.duckdb_extension"))
+        connection.execute(f"load '{binary}'")
+    return connection
+
+
 class DuckdbReader:
     """Reads one metadata file with DuckDB's iceberg extension."""
 
     def __init__(self, metadata_location: str, s3: dict[str, str] | None = None) -> None:
         self.source = f"iceberg_scan('{metadata_location.removeprefix('file://')}')"
-        self.connection = duckdb.connect()
+        self.connection = _duckdb().cursor()
         self.connection.execute("set timezone = 'UTC'")
-        for name in ("httpfs", "avro", "iceberg"):
-            package = Path(import_module(f"duckdb_extension_{name}").__file__ or "").parent
-            binary = next(package.glob(f"extensions/*/{name}.duckdb_extension"))
-            self.connection.execute(f"load '{binary}'")
         if s3:
             host = s3["s3.endpoint"].removeprefix("http://")
             self.connection.execute(
-                f"create secret (type s3, key_id '{s3['s3.access-key-id']}', secret '{s3['s3.secret-access-key']}', "
+                f"create or replace secret (type s3, key_id '{s3['s3.access-key-id']}', secret '{s3['s3.secret-access-key']}', "
                 f"region '{s3['s3.region']}', endpoint '{host}', url_style 'path', use_ssl false)"
             )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 IDLE_S_MAX = 30.0
 AHEAD_MS_MAX = 60 * 60 * 1000
 RECORD_BYTES_MAX = 4 << 20
+ROWS_PER_RECORD_MAX = 65_536
 DEPTH_MAX = 128
 # What an unfinished text may end with: a number or literal that is not complete, or an escape.
 TOKEN_BEGUN = re.compile(r"|-|\.\d*|\d*\.?\d*[eE][+-]?|tr?u?|fa?l?s?|nu?l?|\\?u?[0-9a-fA-F]{0,3}")
@@ -63,6 +65,8 @@ def _constant(name: str) -> Any:
     raise Refused("invalid_json")
 
 
+# A number may have as many digits as a record has room for.
+sys.set_int_max_str_digits(0)
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=Decimal, parse_constant=_constant, strict=True)
 
 
@@ -93,6 +97,8 @@ def rows_of(payload: bytes | None, timestamp_ms: int | None) -> list[Row]:
     if "\\u" in text and _has_lone_surrogate(value):
         return [_bad("invalid_json")]
     if isinstance(value, list):
+        if len(value) > ROWS_PER_RECORD_MAX:
+            return [_bad("record_too_large")]
         return [_judge(element, timestamp_ms) for element in value] or [_bad("empty_array")]
     return [_judge(value, timestamp_ms)]
 

@@ -5,8 +5,9 @@ itself (a log line, an HTTP answer), and it ends only the process that it starte
 """
 
 from services.catalog import RestCatalog
-from services.kafka import Broker
+from services.kafka import Broker, Listener
 from services.process import free_ports, wait_until
+from services.proxy import Fault, Proxy
 from services.s3 import S3Server
 
-__all__ = ["Broker", "RestCatalog", "S3Server", "free_ports", "wait_until"]
+__all__ = ["Broker", "Fault", "Listener", "Proxy", "RestCatalog", "S3Server", "free_ports", "wait_until"]

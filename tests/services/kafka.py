@@ -7,6 +7,8 @@ may do only what `allow_reading` grants, as in a cluster that is run with care.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -29,7 +31,7 @@ CLUSTER_ID = "4L6g3nShT-eMCtK--X86sw"
 READER, READER_PASSWORD = "reader", "reader-secret"
 NOT_LED_YET = (
     KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError._NOENT,
+    KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError._NOENT,
 )  # fmt: skip
 JAVA = ["java", "-Xms64m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
 
@@ -50,9 +52,9 @@ SERVER = """
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{plain},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{ssl},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{ssl}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT
+listeners=PLAINTEXT://127.0.0.1:{plain},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{ssl},CONTROLLER://127.0.0.1:{controller}{more_listeners}
+advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{ssl}{more_advertised}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT{more_protocols}
 inter.broker.listener.name=PLAINTEXT
 controller.listener.names=CONTROLLER
 log.dirs={folder}/data
@@ -76,8 +78,8 @@ log.cleaner.dedupe.buffer.size=8388608
 log.cleaner.backoff.ms=100
 # event times of generated records lie in the past; nothing is old here
 log.retention.ms=-1
-# a start after kill -9 waits for the old registration to expire
-broker.session.timeout.ms=2000
+# long enough that a broker on a busy machine is not taken for dead, which leaves its topics without leaders
+broker.session.timeout.ms=9000
 broker.heartbeat.interval.ms=500
 num.network.threads=2
 num.io.threads=2
@@ -91,13 +93,30 @@ ssl.keystore.type=PKCS12
 ssl.keystore.location={folder}/broker.p12
 ssl.keystore.password=changeit
 ssl.client.auth=none
+{more_settings}
 """
+
+
+@dataclass(frozen=True)
+class Listener:
+    """One more listener of a broker, which may tell its clients another port than its own: that of a proxy before it."""
+
+    name: str
+    protocol: str = "PLAINTEXT"
+    port: int = field(default_factory=lambda: free_ports(1)[0])
+    advertised_port: int | None = None
+    settings: tuple[str, ...] = ()
+
+    @property
+    def bootstrap(self) -> str:
+        """Address that clients are told."""
+        return f"127.0.0.1:{self.advertised_port or self.port}"
 
 
 class Broker:
     """A broker that is up between `__enter__` and `__exit__`, or `start` and `stop`; its data outlives a restart."""
 
-    def __init__(self, folder: Path, ports: list[int] | None = None) -> None:
+    def __init__(self, folder: Path, ports: list[int] | None = None, listeners: Sequence[Listener] = ()) -> None:
         self.folder = folder
         self._process: Process | None = None
         self._admin: AdminClient | None = None
@@ -109,10 +128,22 @@ class Broker:
         folder.mkdir(parents=True)
         (folder / "log4j2.yaml").write_text(LOG4J2)
         (folder / "server.properties").write_text(
-            SERVER.format(plain=plain, sasl=sasl, ssl=ssl, controller=controller, folder=folder)
-        )
+            SERVER.format(
+                plain=plain, sasl=sasl, ssl=ssl, controller=controller, folder=folder,
+                more_listeners="".join(f",{one.name}://127.0.0.1:{one.port}" for one in listeners),
+                more_advertised="".join(f",{one.name}://{one.bootstrap}" for one in listeners),
+                more_protocols="".join(f",{one.name}:{one.protocol}" for one in listeners),
+                more_settings="\n".join(line for one in listeners for line in one.settings),
+            )
+        )  # fmt: skip
         self._make_certificate()
         self._format()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the broker that is up."""
+        assert self._process, "the broker is down"
+        return self._process.pid
 
     def __enter__(self) -> Broker:
         self.start()
@@ -150,7 +181,7 @@ class Broker:
         settings = {key.replace("_", "."): value for key, value in config.items()}
         made = self.admin.create_topics([NewTopic(name, partitions, 1, config=settings)])
         made[name].result(timeout=30)
-        wait_until(f"leaders of {name}", lambda: self._is_led(name, partitions), pause_s=0.02)
+        wait_until(f"leaders of {name}", lambda: self._is_led(name, partitions), pause_s=0.05)
 
     def _is_led(self, topic: str, partitions: int) -> bool:
         """Whether the broker leads every partition: that follows the answer to a creation a little later."""
@@ -160,6 +191,8 @@ class Broker:
         except KafkaException as error:
             if error.args[0].code() not in NOT_LED_YET:
                 raise
+            # a client that met a partition before its leader may answer from that memory for ever
+            self._admin = None
             return False
 
     def add_partitions(self, topic: str, count: int) -> None:
@@ -175,11 +208,11 @@ class Broker:
         place = TopicPartition(topic, partition, before)
         self.admin.delete_records([place])[place].result(timeout=30)
 
-    def allow_reading(self, *topics: str) -> None:
-        """Grants `reader` READ and DESCRIBE on these topics, and nothing else."""
+    def allow_reading(self, *topics: str, principal: str = READER) -> None:
+        """Grants a principal READ and DESCRIBE on these topics, and nothing else."""
         grants = [
             AclBinding(
-                ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{READER}", "*", operation,
+                ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{principal}", "*", operation,
                 AclPermissionType.ALLOW,
             )
             for topic in topics
@@ -223,13 +256,21 @@ class Broker:
         )
 
     def _make_certificate(self) -> None:
-        store = ["-alias", "broker", "-keystore", str(self.folder / "broker.p12"), "-storepass", "changeit"]
-        _run(
-            ["keytool", "-genkeypair", *store, "-storetype", "PKCS12", "-keyalg", "EC", "-groupname", "secp256r1",
-             "-sigalg", "SHA256withECDSA", "-dname", "CN=localhost", "-ext", "san=dns:localhost,ip:127.0.0.1",
-             "-validity", "30"]
-        )  # fmt: skip
-        _run(["keytool", "-exportcert", "-rfc", *store, "-file", str(self.ca_path)])
+        self.ca_path = make_certificate(self.folder / "broker.p12", "localhost").replace(self.ca_path)
+
+
+def make_certificate(store_path: Path, name: str, *more: str) -> Path:
+    """Makes a key with a certificate that it signed itself, for 30 days from now, in a PKCS12 store whose password is
+    `changeit`; returns the certificate beside it. `more` are words for keytool, such as another validity."""
+    store = ["-alias", "one", "-keystore", str(store_path), "-storepass", "changeit"]
+    _run(
+        ["keytool", "-genkeypair", *store, "-storetype", "PKCS12", "-keyalg", "EC", "-groupname", "secp256r1",
+         "-sigalg", "SHA256withECDSA", "-dname", f"CN={name}", "-ext", "san=dns:localhost,ip:127.0.0.1",
+         *(more or ("-validity", "30"))]
+    )  # fmt: skip
+    certificate = store_path.with_suffix(".pem")
+    _run(["keytool", "-exportcert", "-rfc", *store, "-file", str(certificate)])
+    return certificate
 
 
 def _run(command: list[str]) -> None:

@@ -85,7 +85,7 @@ class Process:
         folder: Path,
         ready: Callable[[Process], bool],
         environment: Mapping[str, str] | None = None,
-        ready_timeout_s: float = 90.0,
+        ready_timeout_s: float = 240.0,
     ) -> None:
         self.name = name
         self.log_path = folder / f"{name}.log"

@@ -6,7 +6,7 @@
 //!
 //! Bounds: at most three requests in one test, so that real pauses between them stay below 2 s.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU32;
 
@@ -18,8 +18,12 @@ use iceberg::spec::{
 use tempfile::TempDir;
 
 use super::*;
-use crate::commit::ledger::{Found, LedgerRecord, PROPERTY};
+use crate::catalog;
+use crate::commit::ledger::{self, Found, LedgerRecord, PROPERTY};
 use crate::job::{CatalogConfig, CatalogKind};
+use crate::pipeline::world::CatalogTables;
+use crate::protocol::switch::{Landed, switch};
+use crate::stop::Reason;
 
 /// Rows in each data file of these tests.
 const FILE_ROWS: u64 = 10;
@@ -332,19 +336,20 @@ impl Stand {
         Self { inner, table, file, foreign, _folder: folder }
     }
 
-    async fn switch(&self, catalog: &Arc<Scripted>) -> Result<Landed, SwitchError> {
-        let catalog: Arc<dyn Catalog> = Arc::clone(catalog) as _;
-        let request = Switch {
-            catalog: &catalog,
+    async fn switch(&self, catalog: &Arc<Scripted>) -> Result<Landed<Table>, SwitchError> {
+        let tables = CatalogTables { catalog: Arc::clone(catalog) as _ };
+        let request = Request {
             table: self.table.identifier().clone(),
             table_uuid: self.table.metadata().uuid(),
             attempt: ours().attempt,
             files: vec![self.file.clone()],
             summary: ours().to_summary(),
             properties: BTreeMap::from([(PROPERTY.to_owned(), ours().to_property())]),
-            guard: &carries_the_standing_record,
+            back_to: None,
+            properties_removed: Vec::new(),
+            upkeep: None,
         };
-        switch(request, &|| {}).await
+        switch(&tables, &request, &carries_the_standing_record, &|| {}).await
     }
 
     async fn head(&self) -> Table {
@@ -352,7 +357,7 @@ impl Stand {
     }
 
     /// Asserts that the real catalog shows the switch once, with these files and nothing else.
-    async fn assert_landed_once(&self, landed: &Landed, files: &[&DataFile]) {
+    async fn assert_landed_once(&self, landed: &Landed<Table>, files: &[&DataFile]) {
         let head = self.head().await;
         assert_eq!(landed.table.metadata(), head.metadata(), "what is handed back is the head");
         assert_eq!(snapshots_of(&head, ours().attempt), 1);
@@ -589,18 +594,14 @@ async fn a_table_that_was_created_anew_under_the_name_gets_nothing() {
     assert_eq!((head.metadata().snapshots().count(), catalog.requests()), (0, 1));
 }
 
-fn one_shot(inner: &Arc<Scripted>) -> OneShot<'static> {
-    let inner = Arc::clone(inner) as Arc<dyn Catalog>;
-    OneShot { inner, guard: &|_| Ok(()), attempt: ours().attempt, sent: AtomicBool::new(false) }
-}
-
 #[tokio::test]
 async fn a_transaction_can_not_repeat_its_request_below_the_switch() {
     let stand = Stand::new().await;
     let catalog = Scripted::new(&stand.inner, [act(Work::NotDone, Some(conflict()))]);
+    let one_shot = OneShot::new(&(Arc::clone(&catalog) as _), &stand.table);
     let transaction = Transaction::new(&stand.table);
     let append = transaction.fast_append().add_data_files([stand.file.clone()]);
-    let outcome = append.apply(transaction).unwrap().commit(&one_shot(&catalog)).await;
+    let outcome = append.apply(transaction).unwrap().commit(&one_shot).await;
     let error = outcome.unwrap_err();
     assert_eq!((error.kind(), error.retryable()), (ErrorKind::CatalogCommitConflicts, false));
     assert_eq!(catalog.requests(), 1);
@@ -618,7 +619,7 @@ async fn the_wrapped_catalog_lets_one_request_through_and_refuses_the_next() {
     let [first, second] = <[TableCommit; 2]>::try_from(Vec::from(caught)).unwrap();
 
     let catalog = Scripted::new(&stand.inner, []);
-    let one_shot = one_shot(&catalog);
+    let one_shot = OneShot::new(&(Arc::clone(&catalog) as _), &stand.table);
     one_shot.update_table(first).await.unwrap();
     for error in [
         one_shot.update_table(second).await.unwrap_err(),
@@ -652,6 +653,10 @@ async fn a_commit_that_was_rolled_back_has_not_landed_although_the_property_name
     assert_eq!(rolled_back.properties().get(PROPERTY), Some(&ours().to_property()));
     assert!(!ledger::has_landed(&rolled_back, ours().attempt));
     assert!(ledger::has_landed(&rolled_back, standing().attempt));
+    let Ok(Found::RolledBack { older: Some(older), newer }) = ledger::inspect(&rolled_back) else {
+        panic!("nothing tells that the table was rolled back")
+    };
+    assert_eq!((older.attempt, newer.attempt), (standing().attempt, ours().attempt));
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use super::{
 use crate::dedup::bucket::Digest;
 use crate::dedup::generation::GenerationName;
 use crate::dedup::page::{PAGE_BYTES, seal};
-use crate::dedup::{KEY_SPEC_HASH_BYTES_MAX, StoreError, StoreSpec, disk, filter};
+use crate::dedup::{KEY_SPEC_HASH_BYTES_MAX, StoreError, StoreSpec, disk};
 use crate::event_time::EventTimeMs;
 use crate::job::Repeats;
 use xxhash_rust::xxh3::xxh3_64;
@@ -217,9 +217,9 @@ fn seal_section(bytes: &mut [u8], section: &Section, seed: u64) {
     let mut seal_at = |position: u64, length: usize| {
         seal(&mut bytes[position as usize..position as usize + length], seed, position);
     };
-    for page in 0..filter::page_count(section.filter_blocks) {
+    for page in 0..section.filter.page_count() {
         let position = section.filter_position + page * PAGE_BYTES as u64;
-        seal_at(position, filter::page_bytes(section.filter_blocks, page));
+        seal_at(position, section.filter.page_bytes(page));
     }
     for page in 0..section.pages {
         seal_at(section.page_position(page), section.page_bytes(page));

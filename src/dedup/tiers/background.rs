@@ -178,8 +178,11 @@ impl Merges {
         self.files.state_keys = keys_before + keys;
         self.prepares += 1;
         self.rate.note(keys, Instant::now());
-        let speed = self.rate.merge_speed();
-        self.jobs.iter().for_each(|job| job.pace.set_speed(speed));
+        self.set_speeds();
+    }
+
+    fn set_speeds(&self) {
+        self.jobs.iter().for_each(|job| job.pace.set_speed(self.rate.merge_speed(job.plan.keys())));
     }
 
     /// Starts what the tiers of a generation need. Why one could not be started is said when the next generation is
@@ -208,7 +211,8 @@ impl Merges {
         generation: GenerationName,
     ) -> Result<(), StoreError> {
         let (output, writer) = self.files.begin_numbered(generation)?;
-        let pace = Arc::new(Pace::new(self.rate.merge_speed()));
+        crate::crash_point!("merge_output_created");
+        let pace = Arc::new(Pace::new(self.rate.merge_speed(plan.keys())));
         let work = Work {
             files: self.files.clone(),
             inputs: plan.inputs.clone(),
@@ -295,6 +299,7 @@ impl Merges {
                 draft.replace(&job.plan.inputs, output.segment.as_ref(), &output.collapsed);
             }
             (job.is_adopted, job.is_named) = (true, true);
+            crate::crash_point!("merge_adopted");
         }
     }
 
@@ -386,7 +391,7 @@ impl Merges {
     #[cfg(test)]
     pub(in crate::dedup) fn hold(&mut self) {
         self.rate.hold();
-        self.jobs.iter().for_each(|job| job.pace.set_speed(self.rate.merge_speed()));
+        self.set_speeds();
     }
 }
 
@@ -424,7 +429,9 @@ struct Work {
 impl Work {
     /// Merges; leaves a file only if it is the output.
     fn run(self, writer: SegmentWriter) -> Ended {
+        crate::crash_point!("merge_runs");
         let output = self.merge(writer);
+        crate::crash_point!("merge_ended");
         let path = self.files.folder.join(self.output.to_string());
         let bytes_written = fs::metadata(path).map_or(0, |file| file.len());
         if !matches!(&output, Ok(Some(Output { segment: Some(_), .. }))) {
@@ -445,6 +452,7 @@ impl Work {
         let segment = if writer.is_empty() {
             None
         } else {
+            crate::crash_point!("merge_output_filled");
             let segment = self.files.end(self.output, writer, self.tier_of_output)?;
             segment.forget_cached();
             Some(Arc::new(segment))

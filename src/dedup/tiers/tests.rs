@@ -11,6 +11,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::*;
+use crate::dedup::filter::FilterEffort;
 use crate::dedup::merge::merge;
 use crate::dedup::{Key, Store, Verdict, verify};
 use crate::event_time::EventTimeMs;
@@ -412,7 +413,7 @@ fn copies_of_a_key_in_a_bucket_collapse_and_are_counted() {
     let bucket = Bucket { from: EventTimeMs(0), to: EventTimeMs(HOUR_MS) };
     let write = |number: u32, numbers: std::ops::Range<u64>| {
         let name = SegmentName { generation: name(1), number };
-        let mut writer = files.begin(name).unwrap();
+        let mut writer = files.begin(name, FilterEffort::Quick).unwrap();
         let mut values: Vec<u128> = numbers.map(|number| fingerprint(number).value()).collect();
         values.sort_unstable();
         let mut section = writer.section(bucket, (EventTimeMs(0), EventTimeMs(1)), values.len() as u64);
@@ -423,7 +424,7 @@ fn copies_of_a_key_in_a_bucket_collapse_and_are_counted() {
     let inputs = [write(0, 0..5_000), write(1, 3_000..9_000), write(2, 4_500..5_500)];
     let expected = write(3, 0..9_000);
     let name = SegmentName { generation: name(2), number: 9 };
-    let mut writer = files.begin(name).unwrap();
+    let mut writer = files.begin(name, FilterEffort::Quick).unwrap();
     let merged = merge(&inputs, None, &mut writer, 4096, &mut |_| ControlFlow::Continue(()));
     let merged = merged.unwrap().unwrap();
     let output = files.end(name, writer, 1).unwrap();

@@ -17,8 +17,8 @@ use std::fmt::Write;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::job::{
-    Arrays, BeyondWindow, BucketFrom, ColumnSource, Job, LatePolicy, Repeats, StartPosition, TimeUnit,
-    UnknownFields,
+    Arrays, BeyondWindow, BucketFrom, ColumnSource, Job, LatePolicy, OnMissingKeys, OnRollback, Repeats,
+    StartPosition, TimeUnit, UnknownFields,
 };
 
 /// First line; changes with the layout.
@@ -84,6 +84,8 @@ fn canonical(job: &Job) -> String {
     form.line("idle_after_ms", &time.idle_after.as_millis().to_string());
     match time.late {
         LatePolicy::Keep => form.line("late", "keep"),
+        LatePolicy::Side => form.line("late", "side"),
+        LatePolicy::Drop => form.line("late", "drop"),
     }
     form.lines("key", &job.dedup.key);
     form.line("window_ms", &job.dedup.window.as_millis().to_string());
@@ -101,6 +103,11 @@ fn canonical(job: &Job) -> String {
     }
     match job.dedup.beyond_window {
         BeyondWindow::Check => {}
+        BeyondWindow::Side => form.line("beyond_window", "side"),
+    }
+    match job.dedup.on_missing_keys {
+        OnMissingKeys::Stop => {}
+        OnMissingKeys::Accept => form.line("on_missing_keys", "accept"),
     }
     form.lines("table", &job.sink.table);
     for field in &job.sink.partition_by {
@@ -112,6 +119,13 @@ fn canonical(job: &Job) -> String {
     }
     form.lines("dead_letters", &job.sink.dead_letters.table);
     form.line("max_ratio", &format!("{:?}", job.sink.dead_letters.ratio_max));
+    if job.uses_late_table() {
+        form.lines("late_table", &job.sink.late.table);
+    }
+    match job.sink.on_rollback {
+        OnRollback::Stop => {}
+        OnRollback::Replay => form.line("on_rollback", "replay"),
+    }
     form.0
 }
 

@@ -11,7 +11,8 @@ use super::tree::{Value, has_user_info, looks_secret};
 use super::words;
 use crate::job::{
     CATALOG_URI_DEFAULT, CatalogConfig, CatalogKind, DEAD_LETTER_RATIO_MAX_DEFAULT, DEAD_LETTERS_SUFFIX,
-    DeadLetterSink, IcebergSink, PartitionField, WAREHOUSE_DEFAULT,
+    DeadLetterSink, IcebergSink, LATE_SUFFIX, LateSink, MaintenanceRule, ORPHAN_AGE_MIN, OnRollback,
+    PartitionField, WAREHOUSE_DEFAULT,
 };
 
 /// Properties of object stores, under the names that the iceberg crate and pyiceberg share.
@@ -53,6 +54,9 @@ pub(super) fn read_iceberg(
         },
         table_properties: BTreeMap::new(),
         dead_letters: DeadLetterSink { table: Vec::new(), ratio_max: DEAD_LETTER_RATIO_MAX_DEFAULT },
+        late: LateSink { table: Vec::new() },
+        on_rollback: OnRollback::Stop,
+        maintenance: MaintenanceRule::default(),
     };
     let Some(mut section) = section else { return sink };
     if let Some(field) = section.need("table", "\"namespace.table\"") {
@@ -68,14 +72,12 @@ pub(super) fn read_iceberg(
         sink.table_properties = read_table_properties(properties);
     }
     sink.dead_letters = read_dead_letters(section.table("dead_letters"), &sink.table);
-    section.not_built(
-        "late",
-        "a table for late rows; late = \"keep\" in [event_time] writes them to the main table",
-    );
-    section.not_built(
-        "late_table",
-        "a table for late rows; late = \"keep\" in [event_time] writes them to the main table",
-    );
+    sink.late = read_late(section.table("late"), &sink.table, &sink.dead_letters.table);
+    if let Some(field) = section.get("on_rollback") {
+        let words = [("stop", OnRollback::Stop), ("replay", OnRollback::Replay)];
+        sink.on_rollback = field.choice(&words, &[]).unwrap_or(OnRollback::Stop);
+    }
+    sink.maintenance = read_maintenance(section.table("maintenance"));
     section.not_built("duplicates", "a table for duplicates; they are counted, and `audit` finds them again");
     section.finish();
     sink
@@ -114,6 +116,62 @@ fn read_dead_letters(mut section: Section<'_, '_>, main: &[String]) -> DeadLette
     }
     section.finish();
     sink
+}
+
+fn read_late(mut section: Section<'_, '_>, main: &[String], dead_letters: &[String]) -> LateSink {
+    let mut table = main.to_vec();
+    if let Some(name) = table.last_mut() {
+        name.push_str(LATE_SUFFIX);
+    }
+    if let Some(field) = section.get("table")
+        && let Some(named) = read_table_name(&field)
+    {
+        for (other, what) in [(main, "main table"), (dead_letters, "dead-letter table")] {
+            if named.join(".").eq_ignore_ascii_case(&other.join(".")) {
+                field
+                    .wrong(format!("late rows would go to the {what}"))
+                    .expecting("another table")
+                    .hinting("leave it out");
+            }
+        }
+        table = named;
+    }
+    section.finish();
+    LateSink { table }
+}
+
+fn read_maintenance(mut section: Section<'_, '_>) -> MaintenanceRule {
+    let mut rule = MaintenanceRule::default();
+    if let Some(field) = section.get("every_commits")
+        && let Some(commits) = read_count(&field, 0, "a number of commits, or 0 for none")
+    {
+        rule.every_commits = commits;
+    }
+    if let Some(field) = section.get("max_snapshots") {
+        rule.snapshots_max = read_count(&field, 1, "a number of snapshots, at least 1");
+    }
+    if let Some(field) = section.get("orphans_older_than")
+        && let Some(age) = field.duration()
+    {
+        rule.orphan_age = age;
+        if age < ORPHAN_AGE_MIN {
+            field
+                .wrong(format!("orphans_older_than is {}", field.shown()))
+                .expecting("at least \"1 hour\": a file may be in the making");
+        }
+    }
+    section.not_built("compact", "compaction of data files; any engine that can may do it on the same table");
+    section.finish();
+    rule
+}
+
+fn read_count(field: &Field<'_, '_>, least: u32, expected: &str) -> Option<u32> {
+    let number = field.integer()?;
+    let count = u32::try_from(number).ok().filter(|count| *count >= least);
+    if count.is_none() {
+        field.wrong(format!("{} is {number}", field.name())).expecting(expected);
+    }
+    count
 }
 
 fn read_partition_by(

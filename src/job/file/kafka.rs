@@ -16,7 +16,7 @@ const PLANNER: &str = "set by the memory planner from `memory`";
 const ASSIGN: &str = "topic partitions are assigned from the ledger, never by the group";
 
 /// Properties that a job file can not set, with the reason. Aliases stand here too: librdkafka resolves them.
-const DENIED: [(&str, &str); 39] = [
+const DENIED: [(&str, &str); 44] = [
     ("plugin.library.paths", "it loads code into the process"),
     ("ssl.engine.location", "it loads code into the process"),
     ("ssl.engine.id", "it belongs to ssl.engine.location, which loads code into the process"),
@@ -24,6 +24,11 @@ const DENIED: [(&str, &str); 39] = [
     ("sasl.kerberos.kinit.cmd", "it runs a shell command"),
     ("enable.sasl.oauthbearer.unsecure.jwt", "it takes unsigned tokens"),
     ("debug", "it logs settings and payloads"),
+    ("internal.termination.signal", "it sends a signal to the threads of the process"),
+    ("test.mock.num.brokers", "it reads from a cluster that is made up"),
+    ("test.mock.broker.rtt", "it reads from a cluster that is made up"),
+    ("enabled_events", "refusals of the brokers would not be heard"),
+    ("log.queue", "logs would go past --log"),
     ("metadata.broker.list", "it is another name of bootstrap.servers; write that one"),
     ("enable.auto.commit", OFFSETS),
     ("auto.commit.enable", OFFSETS),

@@ -472,6 +472,13 @@ fn every_class_of_mistake_is_named_with_its_way_out() {
         ),
         (
             "\"e.n\"",
+            "\"e.n\"\nmaintenance = { every_commits = -1, max_snapshots = 0, orphans_older_than = \"1 minute\", compact = true }",
+            "17:33: every_commits is -1\n17:53: max_snapshots is 0\n\
+          17:77: orphans_older_than is the string \"1 minute\"\n\
+          17:89: not built yet: compaction of data files; any engine that can may do it on the same table",
+        ),
+        (
+            "\"e.n\"",
             "\"e.n\"\ntable_properties = { format-version = 3, \"tidemill.x\" = \"y\", \"a\" = \"env:B\", b = [] }",
             "17:39: format-version is \"3\"\nhelp: leave it out\n\
           17:42: table property \"tidemill.x\" can not be set\n\
@@ -566,30 +573,26 @@ fn a_partition_field_can_not_take_the_name_of_a_column() {
 fn what_is_not_built_is_refused_by_name_with_what_to_do_instead() {
     let refusals = refused(
         "",
-        "late = \"x.y\"\nduplicates = \"x.y\"\n[rules]\nwhere = \"x\"\n[source.rabbitmq]\nx = 1\n[sink.kafka]\n[sink.postgres]\n\
+        "duplicates = \"x.y\"\n[rules]\nwhere = \"x\"\n[source.rabbitmq]\nx = 1\n[sink.kafka]\n[sink.postgres]\n\
          [enrich]\n[inputs.x]\n[microbatch]\nprobe_records = 3",
     );
     let first_lines: Vec<&str> = refusals.lines().filter(|line| line.starts_with("jobs/x.toml:")).collect();
     assert_eq!(
         first_lines,
         [
-            "jobs/x.toml:17:1: not built yet: a table for late rows; late = \"keep\" in [event_time] writes them to the main table",
-            "jobs/x.toml:18:1: not built yet: a table for duplicates; they are counted, and `audit` finds them again",
-            "jobs/x.toml:19:2: not built yet: [rules] (where, checks, sql); filter when reading the table, or before Kafka",
-            "jobs/x.toml:21:9: not built yet: [source.rabbitmq]; only [source.kafka] can be read",
-            "jobs/x.toml:23:7: not built yet: [sink.kafka]; only [sink.iceberg] can be written",
-            "jobs/x.toml:24:7: not built yet: [sink.postgres]; only [sink.iceberg] can be written",
-            "jobs/x.toml:25:2: not built yet: [enrich]; join when reading the table",
-            "jobs/x.toml:26:2: not built yet: [inputs]; a job reads the topics of [source.kafka] alone",
-            "jobs/x.toml:28:1: not built yet: sizes of probe batches in the job file; they follow from `memory`",
+            "jobs/x.toml:17:1: not built yet: a table for duplicates; they are counted, and `audit` finds them again",
+            "jobs/x.toml:18:2: not built yet: [rules] (where, checks, sql); filter when reading the table, or before Kafka",
+            "jobs/x.toml:20:9: not built yet: [source.rabbitmq]; only [source.kafka] can be read",
+            "jobs/x.toml:22:7: not built yet: [sink.kafka]; only [sink.iceberg] can be written",
+            "jobs/x.toml:23:7: not built yet: [sink.postgres]; only [sink.iceberg] can be written",
+            "jobs/x.toml:24:2: not built yet: [enrich]; join when reading the table",
+            "jobs/x.toml:25:2: not built yet: [inputs]; a job reads the topics of [source.kafka] alone",
+            "jobs/x.toml:27:1: not built yet: sizes of probe batches in the job file; they follow from `memory`",
         ]
     );
     for (from, to, what) in [
         ("[decode.columns]", "[decode]\nformat = \"avro\"\n[decode.columns]", "format = \"avro\""),
         ("[decode.columns]", "[decode]\nformat = \"protobuf\"\n[decode.columns]", "format = \"protobuf\""),
-        ("[event_time]", "[event_time]\nlate = \"side\"", "late = \"side\""),
-        ("[event_time]", "[event_time]\nlate = \"drop\"", "late = \"drop\""),
-        ("[dedup]", "[dedup]\nbeyond_window = \"side\"", "beyond_window = \"side\""),
         ("\"e.n\"", "\"e.n\"\ncatalog = { type = \"glue\" }", "type = \"glue\""),
         ("\"e.n\"", "\"e.n\"\ncatalog = { type = \"hms\" }", "type = \"hms\""),
         ("\"e.n\"", "\"e.n\"\ncatalog = { type = \"s3tables\" }", "type = \"s3tables\""),
@@ -659,13 +662,13 @@ fn properties_that_would_break_a_promise_or_run_code_are_refused_with_the_reason
     }
     let job = accepted(
         "\"h:1\"",
-        "\"h:1\"\n\"group.id\" = \"g\"\n\"session.timeout.ms\" = 6_000\n\"log.queue\" = true",
+        "\"h:1\"\n\"group.id\" = \"g\"\n\"session.timeout.ms\" = 6_000\n\"log.connection.close\" = true",
     )
     .job;
     let plain = |name: &str| job.source.properties.get(name).cloned();
     assert_eq!(plain("group.id"), Some(Setting::Plain("g".to_owned())));
     assert_eq!(plain("session.timeout.ms"), Some(Setting::Plain("6000".to_owned())));
-    assert_eq!(plain("log.queue"), Some(Setting::Plain("true".to_owned())));
+    assert_eq!(plain("log.connection.close"), Some(Setting::Plain("true".to_owned())));
 }
 
 #[test]
@@ -982,6 +985,7 @@ fn the_hash_stays_over_comments_order_secrets_and_knobs_and_changes_with_the_mea
         ("\"h:1\"", "\"other:1\"\n\"sasl.password\" = \"env:OTHER\""),
         ("\"e.n\"", "\"e.n\"\ncatalog = { type = \"rest\", uri = \"https://c\", token = \"env:T\" }"),
         ("\"e.n\"", "\"e.n\"\ndead_letters = { table = \"e.n_dead_letters\" }"),
+        ("\"e.n\"", "\"e.n\"\nmaintenance = { every_commits = 0, max_snapshots = 9 }"),
         (
             "id = { type = \"string\" }",
             "id = { path = \"$['id']\", type = \"string\", from = \"value\", required = false }",
@@ -1010,6 +1014,9 @@ fn the_hash_stays_over_comments_order_secrets_and_knobs_and_changes_with_the_mea
         ("unit = \"ms\"", "unit = \"s\""),
         ("[event_time]", "[event_time]\nwatermark_delay = \"11 minutes\""),
         ("[event_time]", "[event_time]\nallowed_lateness = \"11 minutes\""),
+        ("[event_time]", "[event_time]\nlate = \"side\""),
+        ("[event_time]", "[event_time]\nlate = \"drop\""),
+        ("[dedup]", "[dedup]\nbeyond_window = \"side\""),
         ("[event_time]", "[event_time]\nmax_ahead = \"11 minutes\""),
         ("[event_time]", "[event_time]\nidle_after = \"11 minutes\""),
         ("[\"id\"]", "[\"id\", \"ts\"]"),
@@ -1199,6 +1206,7 @@ fn field_path() -> impl Strategy<Value = String> {
         "event_time.column",
         "event_time.watermark_delay",
         "event_time.allowed_lateness",
+        "event_time.late",
         "event_time.max_ahead",
         "dedup.key",
         "dedup.window",
@@ -1207,6 +1215,7 @@ fn field_path() -> impl Strategy<Value = String> {
         "dedup.bucket_from",
         "dedup.id_column",
         "dedup.beyond_window",
+        "dedup.on_missing_keys",
         "microbatch",
         "microbatch.max_records",
         "microbatch.max_bytes",
@@ -1220,6 +1229,13 @@ fn field_path() -> impl Strategy<Value = String> {
         "sink.iceberg.table_properties",
         "sink.iceberg.dead_letters",
         "sink.iceberg.dead_letters.max_ratio",
+        "sink.iceberg.late",
+        "sink.iceberg.late.table",
+        "sink.iceberg.on_rollback",
+        "sink.iceberg.maintenance",
+        "sink.iceberg.maintenance.every_commits",
+        "sink.iceberg.maintenance.max_snapshots",
+        "sink.iceberg.maintenance.orphans_older_than",
         "rules",
         "x.y.z",
     ])
@@ -1246,6 +1262,8 @@ fn assert_sound(job: &Job) {
     assert!(job.sink.partition_by.iter().all(|field| column(&field.column).is_some()));
     assert!(job.sink.table.len() >= 2 && job.sink.dead_letters.table.len() >= 2);
     assert!((0.0..=1.0).contains(&job.sink.dead_letters.ratio_max));
+    assert!(job.sink.maintenance.snapshots_max != Some(0));
+    assert!(job.sink.maintenance.orphan_age >= crate::job::ORPHAN_AGE_MIN);
     let secrets = ["sasl.password", "token", "credential"];
     let properties = job.source.properties.iter().chain(&job.sink.catalog.properties);
     assert!(

@@ -3,6 +3,7 @@ use std::collections::HashMap;
 use iceberg::spec::{NullOrder, SortDirection, SortField, SortOrder};
 
 use super::*;
+use crate::sink::scan;
 use crate::sink::testing::{catalog, column, job};
 
 fn kinds(comparison: &Comparison) -> Vec<DifferenceKind> {
@@ -118,6 +119,32 @@ async fn new_optional_columns_are_added_in_the_order_of_the_job() {
     assert_eq!(compare(&table, &job).unwrap(), Comparison::default());
     let field = table.metadata().current_schema().field_by_name("attempts").unwrap();
     assert_eq!((field.id, field.required), (13, false));
+}
+
+#[tokio::test]
+async fn a_table_of_another_tool_gets_the_columns_that_every_row_of_ours_fills() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = job(folder.path());
+    let catalog = catalog(&job).await;
+    let of_job = job
+        .decode
+        .columns
+        .iter()
+        .map(|column| (column.name.clone(), column.column_type.clone(), column.required));
+    let schema = build_schema(of_job.collect(), Vec::new()).unwrap();
+    let spec = partition_spec(&job.sink.partition_by, &schema).unwrap();
+    let ident = table_ident(&job.sink.table).unwrap();
+    let table = create(catalog.as_ref(), &ident, schema, spec, &BTreeMap::new()).await.unwrap();
+
+    let comparison = compare(&table, &job).unwrap();
+    assert_eq!(kinds(&comparison), []);
+    let added: Vec<&str> = comparison.additions.iter().map(|addition| addition.column.as_str()).collect();
+    assert_eq!(added, METADATA_COLUMNS.map(|(name, ..)| name));
+    assert_eq!(scan::batch_max(&table).await.unwrap(), 0);
+    assert!(!scan::has_batch(&table, 1).await.unwrap());
+    let table = add_columns(catalog.as_ref(), &table, &comparison.additions).await.unwrap();
+
+    assert_eq!(compare(&table, &job).unwrap(), Comparison::default());
 }
 
 #[tokio::test]

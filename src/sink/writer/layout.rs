@@ -3,11 +3,12 @@
 //! The iceberg crate reads none of these properties itself (`write.parquet.*`, `write.target-file-size-bytes`).
 
 use std::collections::{HashMap, HashSet};
+use std::fmt::Display;
 use std::str::FromStr;
 
 use arrow::array::{Array, RecordBatch};
 use iceberg::spec::{PrimitiveType, Schema, Type};
-use parquet::basic::{Compression, ZstdLevel};
+use parquet::basic::{BrotliLevel, Compression, GzipLevel, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
 use parquet::schema::types::ColumnPath;
 
@@ -29,6 +30,10 @@ const BLOOM_FILTER_BYTES_DEFAULT: usize = 1 << 20;
 const BLOOM_FILTER_FALSE_POSITIVES_DEFAULT: f64 = 0.01;
 /// Level of zstd unless the table says otherwise: measured as small as level 3 on events, a third faster.
 const ZSTD_LEVEL_DEFAULT: i32 = 1;
+/// Level of gzip without `write.parquet.compression-level`, as zlib has it.
+const GZIP_LEVEL_DEFAULT: u32 = 6;
+/// Level of brotli without `write.parquet.compression-level`, as the parquet crate has it.
+const BROTLI_LEVEL_DEFAULT: u32 = 1;
 /// Smallest row group: below it a file is mostly headers.
 const ROW_GROUP_BYTES_MIN: usize = 512 << 10;
 /// Smallest page and dictionary.
@@ -120,6 +125,11 @@ impl FileLayout {
         written_bytes.min(self.row_group_bytes_max) + self.fixed_bytes
     }
 
+    /// A file that is finished early below this many bytes was one of too many side by side.
+    pub fn small_file_bytes(&self) -> usize {
+        self.row_group_bytes_max / 4
+    }
+
     /// Rows of this batch that are handed to a file at once: a quarter of a row group, so that the row group's bound
     /// is overrun by no more.
     pub fn rows_per_piece(&self, batch: &RecordBatch) -> usize {
@@ -197,19 +207,31 @@ impl Properties<'_> {
         let property = "write.parquet.compression-codec";
         let codec = self.0.get(property).map_or("zstd", String::as_str);
         match codec.to_ascii_lowercase().as_str() {
-            "zstd" => {
-                let level_property = "write.parquet.compression-level";
-                let level: i32 =
-                    self.parse(level_property, ZSTD_LEVEL_DEFAULT, "a level of zstd, 1 to 22")?;
-                let level = ZstdLevel::try_new(level)
-                    .map_err(|_| refused(level_property, &level.to_string(), "a level of zstd, 1 to 22"))?;
-                Ok(Compression::ZSTD(level))
-            }
+            "zstd" => self
+                .level(ZSTD_LEVEL_DEFAULT, "a level of zstd, 1 to 22", ZstdLevel::try_new)
+                .map(Compression::ZSTD),
+            "gzip" => self
+                .level(GZIP_LEVEL_DEFAULT, "a level of gzip, 0 to 9", GzipLevel::try_new)
+                .map(Compression::GZIP),
+            "brotli" => self
+                .level(BROTLI_LEVEL_DEFAULT, "a level of brotli, 0 to 11", BrotliLevel::try_new)
+                .map(Compression::BROTLI),
             "snappy" => Ok(Compression::SNAPPY),
             "lz4" => Ok(Compression::LZ4_RAW),
             "uncompressed" | "none" => Ok(Compression::UNCOMPRESSED),
-            _ => Err(refused(property, codec, "one of zstd, snappy, lz4, uncompressed")),
+            _ => Err(refused(property, codec, "one of zstd, gzip, brotli, snappy, lz4, uncompressed")),
         }
+    }
+
+    fn level<N: FromStr + Display + Copy, L>(
+        &self,
+        default: N,
+        expected: &str,
+        level: impl Fn(N) -> parquet::errors::Result<L>,
+    ) -> Result<L, LayoutError> {
+        let property = "write.parquet.compression-level";
+        let number = self.parse(property, default, expected)?;
+        level(number).map_err(|_| refused(property, &number.to_string(), expected))
     }
 
     fn bloom_filters(

@@ -120,6 +120,79 @@ async fn a_small_share_of_memory_makes_more_files_of_the_same_rows() {
 }
 
 #[tokio::test]
+async fn days_beyond_the_open_files_wait_and_make_one_file_each() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = job(folder.path());
+    let catalog = catalog(&job).await;
+    let table = create_main(catalog.as_ref(), &job).await.unwrap();
+    let aside = tempfile::tempdir().unwrap();
+    let days = 2 * OPEN_FILES_MAX as i64 + 5;
+    let mut writer = writer(&table, 1 << 30).waiting_in(aside.path());
+    for part in 0..4 {
+        writer.write(&events(part * 1_000, 1_000, days)).await.unwrap();
+        assert_eq!(writer.open.len(), OPEN_FILES_MAX);
+    }
+    assert_eq!(std::fs::read_dir(aside.path()).unwrap().count(), 0, "what waits has no name");
+
+    let files = writer.finish().await.unwrap();
+
+    assert_eq!(files.len() as i64, days);
+    let table = append(catalog.as_ref(), &table, files).await;
+    assert_eq!(ids_and_amounts(&table).await, expected(0..4_000));
+}
+
+#[tokio::test]
+async fn a_small_share_of_memory_makes_two_files_of_a_day_at_most_where_rows_can_wait() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = job(folder.path());
+    let catalog = catalog(&job).await;
+    let table = create_main(catalog.as_ref(), &job).await.unwrap();
+    let mut writer = writer(&table, 1 << 20).waiting_in(folder.path());
+    for part in 0..8 {
+        writer.write(&events(part * 10_000, 10_000, 20)).await.unwrap();
+        assert!(writer.open.len() == 1 || writer.held_bytes() <= writer.layout.open_bytes_max());
+    }
+    let files = writer.finish().await.unwrap();
+    assert!(files.len() <= 40, "{} files", files.len());
+    let table = append(catalog.as_ref(), &table, files).await;
+    assert_eq!(ids_and_amounts(&table).await, expected(0..80_000));
+}
+
+#[tokio::test]
+async fn days_that_come_one_after_the_other_never_wait() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = job(folder.path());
+    let catalog = catalog(&job).await;
+    let table = create_main(catalog.as_ref(), &job).await.unwrap();
+    let mut writer = writer(&table, 1 << 30).waiting_in(Path::new("/nowhere"));
+    let days = OPEN_FILES_MAX as i64 + 40;
+    let all = events(0, days * 10, days);
+    for day in 0..days {
+        let rows: Vec<u32> = (0..10).map(|row| (row * days + day) as u32).collect();
+        let rows = take_record_batch(&all, &UInt32Array::from(rows)).unwrap();
+        writer.write(&rows).await.unwrap();
+    }
+    let files = writer.finish().await.unwrap();
+    assert_eq!(files.len() as i64, days);
+    let table = append(catalog.as_ref(), &table, files).await;
+    assert_eq!(ids_and_amounts(&table).await, expected(0..days * 10));
+}
+
+#[tokio::test]
+async fn rows_that_can_not_wait_end_the_write_and_leave_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let table = table_of(&job(folder.path())).await;
+    let mut writer = writer(&table, 1 << 30).waiting_in(Path::new("/nowhere"));
+    let error = writer.write(&events(0, 1_000, 2 * OPEN_FILES_MAX as i64)).await.unwrap_err();
+    assert!(matches!(error, WriteError::Waiting { .. }), "{error}");
+    assert_eq!(error.reason(), Reason::StorageFailed);
+    let begun = writer.locations.given();
+    assert!(!begun.is_empty());
+    writer.abort().await.unwrap();
+    assert!(begun.iter().all(|location| !local_path(location).unwrap().exists()));
+}
+
+#[tokio::test]
 async fn open_files_hold_no_more_than_their_share() {
     let folder = tempfile::tempdir().unwrap();
     let table = table_of(&job(folder.path())).await;
@@ -187,6 +260,22 @@ async fn properties_of_the_table_lay_out_the_file() {
 }
 
 #[tokio::test]
+async fn every_codec_of_an_iceberg_table_is_written_and_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    for codec in ["zstd", "gzip", "brotli", "snappy", "lz4", "uncompressed"] {
+        let mut job = job(folder.path());
+        job.sink.table[1] = format!("table_{codec}");
+        job.sink.table_properties.insert("write.parquet.compression-codec".to_owned(), codec.to_owned());
+        let files = write_all(&table_of(&job).await, MEMORY_BYTES, &[events(0, 1_000, 1)]).await;
+        let parquet = open_parquet(&files[0]);
+        let written = parquet.metadata().row_group(0).column(0).compression().to_string();
+        assert!(written.to_ascii_lowercase().starts_with(codec), "{codec} became {written}");
+        let rows = parquet.get_row_iter(None).unwrap();
+        assert_eq!(rows.filter(Result::is_ok).count(), 1_000, "{codec}");
+    }
+}
+
+#[tokio::test]
 async fn files_are_zstd_and_keys_have_no_dictionary_unless_the_table_says_otherwise() {
     let folder = tempfile::tempdir().unwrap();
     let table = table_of(&job(folder.path())).await;
@@ -209,7 +298,7 @@ async fn files_are_zstd_and_keys_have_no_dictionary_unless_the_table_says_otherw
 async fn a_property_that_can_not_be_followed_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let cases = [
-        ("write.parquet.compression-codec", "gzip"),
+        ("write.parquet.compression-codec", "lzo"),
         ("write.parquet.compression-level", "99"),
         ("write.parquet.row-group-size-bytes", "128 MB"),
         ("write.target-file-size-bytes", "0"),

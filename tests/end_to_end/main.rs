@@ -2,12 +2,26 @@
 //!
 //! Exactness against readers of other makes is judged by `tests/acceptance`; here it is the generator's truth.
 
+#[cfg(feature = "faults")]
+mod backfill;
+mod continuous;
+mod copies;
+#[cfg(feature = "faults")]
+mod deaths;
+mod late;
+mod requeue;
+mod savepoints;
+mod start_table;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use arrow::array::{AsArray, RecordBatch};
+use arrow::datatypes::{Int32Type, Int64Type};
+use futures::TryStreamExt;
 use iceberg::transaction::{ApplyTransactionAction, Transaction};
 use rdkafka::config::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
@@ -22,7 +36,7 @@ use tidemill::job::file::{self, LoadedJob};
 use tidemill::letter::ReasonCode;
 use tidemill::pipeline::report::{Event, Report, Summary};
 use tidemill::pipeline::{self, OffsetCommand, RunOptions, history, survey};
-use tidemill::sink::schema;
+use tidemill::sink::{scan, schema};
 use tidemill::stop::{Reason, Stop};
 
 const PARTITIONS: u32 = 3;
@@ -126,9 +140,13 @@ impl Bench {
         let job = self.load(&[]).job;
         self.runtime.block_on(async {
             let catalog = catalog::connect(&job.sink.catalog).await.unwrap();
-            let ident = schema::table_ident(&job.sink.table).unwrap();
-            catalog::load(&*catalog, &ident).await.unwrap().unwrap()
+            self.table_in(&*catalog).await
         })
+    }
+
+    async fn table_in(&self, catalog: &dyn iceberg::Catalog) -> iceberg::table::Table {
+        let ident = schema::table_ident(&self.load(&[]).job.sink.table).unwrap();
+        catalog::load(catalog, &ident).await.unwrap().unwrap()
     }
 
     fn record(&self) -> LedgerRecord {
@@ -138,20 +156,32 @@ impl Bench {
         }
     }
 
-    /// Sets the ledger's property, or removes it, as another engine's user might.
     fn edit_property(&self, value: Option<String>) {
+        self.runtime.block_on(set_ledger_property(&self.load(&[]), value));
+    }
+
+    /// Places of all dead letters, sorted: topic id, topic partition, offset, index.
+    fn letters(&self) -> Vec<(String, i32, i64, i32)> {
         let job = self.load(&[]).job;
-        let table = self.table();
-        self.runtime.block_on(async {
+        let columns = ["topic_id", "partition", "offset", "index"].map(str::to_owned);
+        let batches: Vec<RecordBatch> = self.runtime.block_on(async {
             let catalog = catalog::connect(&job.sink.catalog).await.unwrap();
-            let transaction = Transaction::new(&table);
-            let update = transaction.update_table_properties();
-            let update = match value {
-                Some(value) => update.set(ledger::PROPERTY.to_owned(), value),
-                None => update.remove(ledger::PROPERTY.to_owned()),
-            };
-            update.apply(transaction).unwrap().commit(&*catalog).await.unwrap();
+            let ident = schema::table_ident(&job.sink.dead_letters.table).unwrap();
+            let table = catalog::load(&*catalog, &ident).await.unwrap().unwrap();
+            scan::scan_keys(&table, None, &columns, None).await.unwrap().try_collect().await.unwrap()
         });
+        let mut places = Vec::new();
+        for batch in &batches {
+            let topic_ids = batch.column(0).as_string::<i32>();
+            let partitions = batch.column(1).as_primitive::<Int32Type>().values();
+            let offsets = batch.column(2).as_primitive::<Int64Type>().values();
+            let indices = batch.column(3).as_primitive::<Int32Type>().values();
+            for row in 0..batch.num_rows() {
+                places.push((topic_ids.value(row).to_owned(), partitions[row], offsets[row], indices[row]));
+            }
+        }
+        places.sort();
+        places
     }
 
     /// What the tables hold is what the generator sent.
@@ -163,7 +193,25 @@ impl Bench {
         assert_eq!(counts.dead_letter, truth.bad_total());
         assert_eq!(self.rows_by("event_type"), truth.distinct_by_type);
         assert_eq!(self.rows_by("event_id").len() as u64, truth.distinct);
+        let mut letters = self.letters();
+        assert_eq!(letters.len() as u64, truth.bad_total());
+        letters.dedup();
+        assert_eq!(letters.len() as u64, truth.bad_total(), "a letter stands once");
     }
+}
+
+/// Sets the ledger's property of a job's table, or removes it, as another engine's user might.
+async fn set_ledger_property(loaded: &LoadedJob, value: Option<String>) {
+    let catalog = catalog::connect(&loaded.job.sink.catalog).await.unwrap();
+    let ident = schema::table_ident(&loaded.job.sink.table).unwrap();
+    let table = catalog::load(&*catalog, &ident).await.unwrap().unwrap();
+    let transaction = Transaction::new(&table);
+    let update = transaction.update_table_properties();
+    let update = match value {
+        Some(value) => update.set(ledger::PROPERTY.to_owned(), value),
+        None => update.remove(ledger::PROPERTY.to_owned()),
+    };
+    update.apply(transaction).unwrap().commit(&*catalog).await.unwrap();
 }
 
 fn segments_in(folder: &Path) -> Vec<PathBuf> {
@@ -196,11 +244,28 @@ fn a_run_with_nothing_to_read_commits_nothing() {
 }
 
 #[test]
+fn a_first_run_on_empty_topics_commits_its_start_offsets() {
+    let mut bench = Bench::with_some_bad(17);
+    assert_eq!(bench.run(&[]).batches, 0);
+    let record = bench.record();
+    assert_eq!((record.epoch, record.batch, record.released), (1, 0, true));
+    assert_eq!(record.live().topics.values().flatten().count(), 4 * PARTITIONS as usize);
+    // What came later is read, also where the job's start has become another one.
+    bench.send_wave();
+    bench.run(&["source.kafka.start=latest"]);
+    bench.assert_exact();
+}
+
+#[test]
 fn where_batches_are_cut_changes_nothing_but_their_number() {
     let mut bench = Bench::with_some_bad(3);
     bench.send_wave();
     let summary = bench.run(&["microbatch.max_records=1234"]);
     assert!(summary.batches >= 6, "{} batches", summary.batches);
+    let last = bench.record();
+    let taken = |cursor: &ledger::Cursor| cursor.end.get() - cursor.start.get();
+    let taken: i64 = last.live().topics.values().flatten().map(|(_, cursor)| taken(cursor)).sum();
+    assert_eq!(taken as u64, last.counts.consumed, "a batch begins where the one before it ended");
     bench.send_wave();
     bench.run(&["microbatch.max_bytes=\"300 KiB\"", "decode.max_record=\"200 KiB\""]);
     bench.send_wave();
@@ -428,8 +493,12 @@ struct Small {
 
 impl Small {
     fn new(dedup: &'static str) -> Self {
+        Self::partitioned(dedup, 1)
+    }
+
+    fn partitioned(dedup: &'static str, partitions: u32) -> Self {
         let broker = Broker::start().unwrap();
-        broker.create_topics(&["events".to_owned()], 1).unwrap();
+        broker.create_topics(&["events".to_owned()], partitions).unwrap();
         let producer = ClientConfig::new()
             .set("bootstrap.servers", broker.bootstrap())
             .create::<BaseProducer>()
@@ -545,6 +614,40 @@ fn old_buckets_expire_and_events_beyond_the_window_are_looked_up_in_the_table() 
     assert_eq!(third.state_keys, 2, "a bucket that was read from the table is not kept");
     let (written, duplicate, fourth) = job.take(&[("e", 1), ("c", 15), ("f", 182)], &[]);
     assert_eq!((written, duplicate, fourth.buckets_lent), (1, 2, 2));
+}
+
+#[test]
+fn repeats_alone_move_the_offsets_and_claim_no_rows() {
+    let job = Small::new("window = \"1 hour\"");
+    job.take(&[("a", 0)], &[]);
+    let (written, duplicate, summary) = job.take(&[("a", 0), ("a", 0)], &[]);
+    assert_eq!((written, duplicate, summary.batches), (0, 2, 1));
+    let record = job.record();
+    assert_eq!((record.batch, record.last_batch_with_rows), (2, 1));
+    assert_eq!(record.cursor("events", 0).unwrap().end.get(), 3);
+    let (_, _, idle) = job.take(&[], &[]);
+    assert_eq!((idle.batches, job.record()), (0, record));
+}
+
+#[test]
+fn of_two_copies_in_one_probe_batch_the_one_at_the_lowest_place_is_written() {
+    let job = Small::new("window = \"1 hour\"");
+    let topics = ["first".to_owned(), "second".to_owned()];
+    job.broker.create_topics(&topics, 1).unwrap();
+    // More than a turn of the reader, and in opposite orders: the last of one topic arrive after the first of the other.
+    let keys = 1_200;
+    for number in 0..keys {
+        for (topic, key) in [("first", number), ("second", keys - 1 - number)] {
+            let payload = format!(r#"{{"event_id":"{key}","ts":{BEGIN_MS}}}"#);
+            job.producer.send(BaseRecord::<(), _>::to(topic).payload(&payload)).unwrap();
+        }
+    }
+    job.producer.flush(std::time::Duration::from_secs(30)).unwrap();
+    let both = "source.kafka.topics=[\"first\", \"second\"]";
+    let summary = job.run_noting(&[both]).0.unwrap();
+    assert_eq!((summary.batches, summary.counts.written, summary.counts.duplicate), (1, keys, keys));
+    let rows = job.runtime.block_on(history::count_by(&job.load(&[]), "_kafka_topic")).unwrap();
+    assert_eq!(rows, BTreeMap::from([("first".to_owned(), keys)]));
 }
 
 #[test]

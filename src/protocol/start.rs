@@ -5,11 +5,14 @@
 
 use std::collections::BTreeMap;
 
+use iceberg::spec::TableMetadata;
 use uuid::Uuid;
 
-use crate::commit::ledger::{Found, LedgerRecord};
-use crate::commit::side::SideMark;
+use crate::commit::ledger::{Found, Jump, LedgerRecord};
+use crate::commit::savepoint;
+use crate::commit::side::{Role, SideMark, snapshot_of};
 use crate::event_time::EventTimeMs;
+use crate::mutant;
 use crate::offset::{TopicId, TopicPartition};
 use crate::source::{Loss, LostRange, OffsetRange, check_ranges};
 use crate::stop::{Reason, Stop};
@@ -26,18 +29,12 @@ pub struct Facts<'a> {
     pub job_name: &'a str,
     /// Main table's name.
     pub table: &'a str,
-    /// Dead-letter table's name.
-    pub dead_letter_table: &'a str,
-    /// What the dead-letter table says that it follows.
-    pub dead_letter_mark: Option<&'a SideMark>,
-    /// Folder of state, for commands in messages.
-    pub state_dir: &'a str,
+    /// Side tables that the job uses or the ledger knows.
+    pub sides: &'a BTreeMap<Role, SideFacts<'a>>,
     /// The ledger.
     pub found: &'a Found,
     /// Rows in the main table's current snapshot.
     pub table_rows: u64,
-    /// Side tables that exist, by role.
-    pub side_uuids: &'a BTreeMap<String, Uuid>,
     /// Whether the state folder has generations of this job.
     pub local_generations: bool,
     /// Cluster id as the broker says.
@@ -50,6 +47,34 @@ pub struct Facts<'a> {
     pub key_spec_hash: &'a str,
 }
 
+impl Facts<'_> {
+    /// A side table by its role in the ledger.
+    pub fn side(&self, role: &str) -> Option<&SideFacts<'_>> {
+        self.sides.get(&Role::of(role)?)
+    }
+
+    /// Rows of every table whose rows make the dedup state.
+    fn rows_with_keys(&self) -> u64 {
+        let sides = self.sides.iter().filter(|(role, _)| role.holds_keys());
+        sides.fold(self.table_rows, |sum, (_, side)| sum.saturating_add(side.rows))
+    }
+}
+
+/// What a start has read of one side table.
+#[derive(Debug)]
+pub struct SideFacts<'a> {
+    /// Its name in the job.
+    pub table: String,
+    /// Its UUID; `None` if it does not exist.
+    pub uuid: Option<Uuid>,
+    /// What it says that it follows.
+    pub mark: Option<SideMark>,
+    /// Rows in its current snapshot.
+    pub rows: u64,
+    /// Its metadata, where it was loaded.
+    pub metadata: Option<&'a TableMetadata>,
+}
+
 /// What the user or a command allows beyond the defaults.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Allow {
@@ -59,6 +84,16 @@ pub struct Allow {
     pub rebase: bool,
     /// `accept-loss` is at work: offsets may be out of range.
     pub loss: bool,
+    /// `state adopt-rows` is at work: rows of a table without ledger come to count as seen.
+    pub adopt_rows: bool,
+    /// `state adopt` is at work: a lost ledger is made again.
+    pub adopt_ledger: bool,
+    /// `state rekey` is at work: the key may differ from the ledger's.
+    pub rekey: bool,
+    /// `on_rollback = "replay"`: a table that was rolled back is gone on with from its older batch.
+    pub replay: bool,
+    /// `run --trust-ledger`: the ledger's property holds although no snapshot and no row confirms it.
+    pub trust_ledger: bool,
 }
 
 /// How a run begins.
@@ -75,14 +110,21 @@ pub enum Start {
 /// # Errors
 /// A [`Stop`] with the row's reason.
 pub fn judge(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> {
+    let replayed;
     let record = match facts.found {
         Found::Nothing => return judge_without_ledger(facts, allow),
+        Found::RolledBack { older: Some(older), newer } if allow.replay => {
+            replayed = Box::new(replay(older, newer));
+            &replayed
+        }
         Found::RolledBack { older, newer } => return Err(rolled_back(facts, older.as_deref(), newer)),
         Found::Record(record) | Found::CutOff(record) => record,
     };
     same_job(facts, record)?;
     same_side_tables(facts, record)?;
-    dead_letters_follow(facts, record)?;
+    for (role, side) in facts.sides {
+        side_follows(facts, *role, side, record)?;
+    }
     if !allow.rebase {
         same_cluster(facts, record)?;
         same_topics(facts, record)?;
@@ -90,51 +132,106 @@ pub fn judge(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> {
             offsets_in_range(facts, record)?;
         }
     }
-    same_key(facts, record)?;
+    if !allow.rekey {
+        same_key(facts, record)?;
+    }
     Ok(Start::Resume(record.clone()))
 }
 
 fn judge_without_ledger(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> {
-    if facts.local_generations {
-        return Err(Stop::new(
-            Reason::LedgerLost,
-            format!(
-                "table {} has no ledger of job {}, but the state folder has generations of it",
-                facts.table, facts.job_name
-            ),
-            format!(
-                "nothing was read or written; if the table was dropped on purpose, begin anew with:\n  \
-                 tidemill state discard {}",
-                facts.job_shown
-            ),
-        ));
+    if facts.local_generations && !allow.adopt_ledger {
+        return Err(ledger_lost(facts));
     }
-    if facts.table_rows > 0 && !allow.ignore_rows {
-        return Err(Stop::new(
-            Reason::TableNotEmpty,
-            format!("table {} has {} rows and no ledger", facts.table, facts.table_rows),
-            format!(
-                "nothing was read or written; to write beside these rows, which then do not count as seen:\n  \
-                 tidemill run {} --ignore-rows",
-                facts.job_shown
-            ),
-        ));
-    }
-    if facts.dead_letter_mark.is_some_and(|mark| !mark.is_of(facts.job_name, facts.table)) {
+    let is_others = |side: &SideFacts<'_>| {
+        side.mark.as_ref().is_some_and(|mark| !mark.is_of(facts.job_name, facts.table))
+    };
+    if let Some((role, side)) = facts.sides.iter().find(|(_, side)| is_others(side)) {
         return Err(Stop::new(
             Reason::OtherJob,
             format!(
-                "table {} has no ledger yet, and dead-letter table {} follows another job",
-                facts.table, facts.dead_letter_table
+                "table {} has no ledger yet, and {} {} follows another job",
+                facts.table,
+                role.table_in_words(),
+                side.table
             ),
             format!(
-                "nothing was read or written; its letters stay; write this job's letters to a table of their own:\n  \
-                 tidemill run {} --set sink.iceberg.dead_letters.table={}_2",
-                facts.job_shown, facts.dead_letter_table
+                "nothing was read or written; its rows stay; write this job's to a table of their own:\n  \
+                 tidemill run {} --set {}={}_2",
+                facts.job_shown,
+                role.setting(),
+                side.table
+            ),
+        ));
+    }
+    let rows = facts.rows_with_keys();
+    if rows > 0 && !(allow.ignore_rows || allow.adopt_rows || allow.adopt_ledger) {
+        return Err(Stop::new(
+            Reason::TableNotEmpty,
+            match rows - facts.table_rows {
+                0 => format!("table {} has {rows} rows and no ledger", facts.table),
+                late => format!(
+                    "table {} has no ledger, and there are {rows} rows, {late} of them in its late table",
+                    facts.table
+                ),
+            },
+            format!(
+                "nothing was read or written; let the keys of these rows count as seen, so that their events are not \
+                 written again:\n  tidemill state adopt-rows {job}\nor write beside them, and they do not count as \
+                 seen:\n  tidemill run {job} --ignore-rows",
+                job = facts.job_shown
             ),
         ));
     }
     Ok(Start::First)
+}
+
+/// With rows the ledger can be made again from them; without, there is nothing to go on from.
+fn ledger_lost(facts: &Facts<'_>) -> Stop {
+    let what = format!(
+        "table {} has no ledger of job {}, but the state folder has generations of it",
+        facts.table, facts.job_name
+    );
+    let way_out = match facts.rows_with_keys() {
+        0 => format!(
+            "nothing was read or written; if the table was dropped on purpose, begin anew with:\n  \
+             tidemill state discard {}",
+            facts.job_shown
+        ),
+        rows => format!(
+            "nothing was read or written; make the ledger again from the {rows} rows of the table and what the state \
+             folder knows of them:\n  tidemill state adopt {}",
+            facts.job_shown
+        ),
+    };
+    Stop::new(Reason::LedgerLost, what, way_out)
+}
+
+/// The record to go on from when a table was rolled back: all of the older one, under an epoch and a sequence above the
+/// newer one's, with the offsets that jump back. Its side tables are to go back to the same batch before anything else.
+fn replay(older: &LedgerRecord, newer: &LedgerRecord) -> LedgerRecord {
+    let mut jumps = Vec::new();
+    for (topic, partitions) in &newer.live().topics {
+        for (partition, cursor) in partitions {
+            let new_start = older.cursor(topic, *partition).map(|cursor| cursor.end);
+            if let Some(new_start) = new_start.filter(|new_start| *new_start != cursor.end) {
+                let (topic, old_end) = (topic.clone(), Some(cursor.end));
+                let reason = "on_rollback".to_owned();
+                jumps.push(Jump { topic, partition: *partition, old_end, new_start, reason });
+            }
+        }
+    }
+    LedgerRecord {
+        epoch: older.epoch.max(newer.epoch),
+        sequence: newer.sequence,
+        owner: newer.owner,
+        lease_until_ms: newer.lease_until_ms,
+        released: newer.released,
+        // Files that the older batch still owed are told by the newer record if it is of the same batch.
+        sides: if older.batch == newer.batch { newer.sides.clone() } else { older.sides.clone() },
+        sides_back_to: Some(older.batch),
+        jumps,
+        ..older.clone()
+    }
 }
 
 fn rolled_back(facts: &Facts<'_>, older: Option<&LedgerRecord>, newer: &LedgerRecord) -> Stop {
@@ -145,19 +242,38 @@ fn rolled_back(facts: &Facts<'_>, older: Option<&LedgerRecord>, newer: &LedgerRe
             "table {} was rolled back: it is at {now}, its ledger says batch {}",
             facts.table, newer.batch
         ),
-        format!(
-            "nothing was read or written; roll the table forward to its snapshot of batch {} (summary \
-             tidemill.attempt = {}) with your engine, then:\n  tidemill run {}\n\
-             replaying from the older batch (on_rollback = \"replay\") is not built yet",
-            newer.batch, newer.attempt, facts.job_shown
-        ),
+        match older {
+            None => format!(
+                "nothing was read or written; {forward}:\n  tidemill run {}",
+                facts.job_shown,
+                forward = roll_forward(newer)
+            ),
+            Some(older) => format!(
+                "nothing was read or written; if this is meant, go on from batch {}, and read again what came after it:\n  \
+                 tidemill run {job} --set sink.iceberg.on_rollback=replay\nif it is not, {forward}:\n  tidemill run {job}",
+                older.batch,
+                job = facts.job_shown,
+                forward = roll_forward(newer)
+            ),
+        },
+    )
+}
+
+fn roll_forward(newer: &LedgerRecord) -> String {
+    format!(
+        "roll the table forward to its snapshot of batch {} (summary tidemill.attempt = {}) with your engine, then",
+        newer.batch, newer.attempt
     )
 }
 
 fn same_job(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
-    if record.job_name == facts.job_name {
+    if mutant!("job-not-compared", true => record.job_name == facts.job_name) {
         return Ok(());
     }
+    let name = facts.job_name.replace('-', "_");
+    let set =
+        |(role, side): (&Role, &SideFacts<'_>)| format!(" --set {}={}_{name}", role.setting(), side.table);
+    let sides: String = facts.sides.iter().map(set).collect();
     Err(Stop::new(
         Reason::OtherJob,
         format!(
@@ -165,28 +281,28 @@ fn same_job(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
             facts.table, record.job_name, facts.job_name
         ),
         format!(
-            "nothing was read or written; give this job a table of its own:\n  \
-             tidemill run {} --set sink.iceberg.table={}_{name} --set sink.iceberg.dead_letters.table={}_{name}\n\
+            "nothing was read or written; give this job tables of its own:\n  \
+             tidemill run {} --set sink.iceberg.table={}_{name}{sides}\n\
              or, if the job was only renamed, name it {:?} again",
-            facts.job_shown,
-            facts.table,
-            facts.dead_letter_table,
-            record.job_name,
-            name = facts.job_name.replace('-', "_")
+            facts.job_shown, facts.table, record.job_name,
         ),
     ))
 }
 
 fn same_side_tables(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
     for (role, side) in &record.sides {
-        let found = facts.side_uuids.get(role);
-        if found == Some(&side.uuid) {
+        let named = Role::of(role).and_then(|role| Some((role, facts.sides.get(&role)?)));
+        let found = named.and_then(|(_, side)| side.uuid);
+        if found == Some(side.uuid) {
             continue;
         }
         let what = match found {
-            _ if side.table != facts.dead_letter_table => format!(
-                "the {role} table of the ledger is {}, and the job names {}; set sink.iceberg.dead_letters.table back",
-                side.table, facts.dead_letter_table
+            _ if let Some((role, named)) = named.filter(|(_, named)| named.table != side.table) => format!(
+                "the {} of the ledger is {}, and the job names {}; set {} back",
+                role.table_in_words(),
+                side.table,
+                named.table,
+                role.setting()
             ),
             None => format!("{role} table {} is missing", side.table),
             Some(found) => {
@@ -209,38 +325,91 @@ fn same_side_tables(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop
     Ok(())
 }
 
-/// The dead-letter table follows this job, and is not ahead of main.
-fn dead_letters_follow(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
-    let Some(mark) = facts.dead_letter_mark else { return Ok(()) };
-    if mark.job_id != record.job_id && mark.is_of(facts.job_name, facts.table) {
+/// A side table follows this job, and is not ahead of main; one with keys has no rows but what this ledger wrote.
+fn side_follows(
+    facts: &Facts<'_>,
+    role: Role,
+    side: &SideFacts<'_>,
+    record: &LedgerRecord,
+) -> Result<(), Stop> {
+    let words = role.table_in_words();
+    let is_ours = side.mark.as_ref().is_some_and(|mark| mark.job_id == record.job_id);
+    // A ledger that began on tables with rows has named them as not its own, and then claims the table.
+    let begins = record.others.as_ref().is_some_and(|others| others.batch_max == record.batch);
+    let is_known = (is_ours || begins) && record.sides.contains_key(role.name());
+    if role.holds_keys() && side.rows > 0 && !is_known {
+        return Err(Stop::new(
+            Reason::TableNotEmpty,
+            format!("{words} {} has {} rows that no batch of this ledger wrote", side.table, side.rows),
+            format!(
+                "nothing was read or written; their keys do not count as seen; write late rows to a table of their own:\n  \
+                 tidemill run {} --set {}={}_2",
+                facts.job_shown,
+                role.setting(),
+                side.table
+            ),
+        ));
+    }
+    let Some(mark) = &side.mark else { return Ok(()) };
+    if !is_ours && mark.is_of(facts.job_name, facts.table) {
         // Its main table was dropped, and this ledger began anew: the owner claims the table again.
         return Ok(());
     }
-    if mark.job_id != record.job_id {
+    if !is_ours {
         return Err(Stop::new(
             Reason::OtherJob,
-            format!("dead-letter table {} follows another job, {}", facts.dead_letter_table, mark.job_id),
+            format!("{words} {} follows another job, {}", side.table, mark.job_id),
             format!(
-                "nothing was read or written; put this job's own dead-letter table back under that name, then:\n  \
+                "nothing was read or written; put this job's own {words} back under that name, then:\n  \
                  tidemill run {}",
                 facts.job_shown
             ),
         ));
     }
-    if mark.fits(record.batch, record.dedup.generation.as_deref()) {
+    if mark.fits(record.batch, record.batch_generation()) {
         return Ok(());
+    }
+    if record.sides_back_to == Some(record.batch) {
+        let tagged =
+            |metadata| record.restored_from.as_ref().and_then(|name| savepoint::tagged(metadata, name));
+        let kept = |metadata| snapshot_of(metadata, record.job_id, record.batch, record.batch_generation());
+        return match side.metadata {
+            Some(metadata) if role.holds_keys() && tagged(metadata).or_else(|| kept(metadata)).is_none() => {
+                Err(not_restorable(facts, role, side, record.batch))
+            }
+            _ => Ok(()),
+        };
     }
     Err(Stop::new(
         Reason::TableRolledBack,
         format!(
-            "dead-letter table {} followed another batch {} than table {}, which is at batch {}: one of them was rolled back",
-            facts.dead_letter_table, mark.batch, facts.table, record.batch
+            "{words} {} followed another batch {} than table {}, which is at batch {}: one of them was rolled back",
+            side.table, mark.batch, facts.table, record.batch
         ),
         format!(
             "nothing was read or written; roll both tables to the same batch with your engine, then:\n  tidemill run {}",
             facts.job_shown
         ),
     ))
+}
+
+fn not_restorable(facts: &Facts<'_>, role: Role, side: &SideFacts<'_>, batch: u64) -> Stop {
+    Stop::new(
+        Reason::SideNotRestorable,
+        format!(
+            "table {} goes back to batch {batch}, and {} {} keeps no snapshot of that batch",
+            facts.table,
+            role.table_in_words(),
+            side.table
+        ),
+        format!(
+            "nothing was read or written; roll table {} forward again with your engine, or bring the metadata file of the \
+             {} of that batch back (register_table), then:\n  tidemill run {}",
+            facts.table,
+            role.table_in_words(),
+            facts.job_shown
+        ),
+    )
 }
 
 fn same_cluster(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
@@ -261,7 +430,7 @@ fn same_topics(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
         .iter()
         .filter_map(|(topic, found)| {
             let (known, found) = ((*record.topics.get(topic)?)?, (*found)?);
-            (known != found)
+            mutant!("topic-id-not-compared", false => known != found)
                 .then(|| format!("topic {topic} was made again: id {found} where {known} was read"))
         })
         .collect();
@@ -311,7 +480,7 @@ fn offsets_in_range(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop
 }
 
 fn same_key(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
-    if record.dedup.key_spec_hash == facts.key_spec_hash {
+    if mutant!("key-spec-not-compared", true => record.dedup.key_spec_hash == facts.key_spec_hash) {
         return Ok(());
     }
     Err(Stop::new(
@@ -322,10 +491,9 @@ fn same_key(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
             facts.table
         ),
         format!(
-            "nothing was read or written; set these fields back as they were, or write to a new table:\n  \
-             tidemill run {} --set sink.iceberg.table={}_2 --set sink.iceberg.dead_letters.table={}_2 --set \
-             state_dir={}_2\nrebuilding the state under a new key (state rekey) is not built yet",
-            facts.job_shown, facts.table, facts.dead_letter_table, facts.state_dir
+            "nothing was read or written; set these fields back as they were, or, if the change is meant, make the state \
+             again under the new key from the rows of the table:\n  tidemill state rekey {}",
+            facts.job_shown
         ),
     ))
 }
@@ -348,11 +516,12 @@ pub enum LeaseVerdict {
 
 /// Judges the lease of a record (R9).
 pub fn lease(record: &LedgerRecord, owner_dead: bool, now_ms: i64) -> LeaseVerdict {
+    let grace_ms = mutant!("lease-without-grace", 0 => LEASE_GRACE_MS);
     if record.released {
         LeaseVerdict::Free
-    } else if owner_dead {
+    } else if mutant!("silence-is-death", true => owner_dead) {
         LeaseVerdict::OwnerDead
-    } else if now_ms > record.lease_until_ms.saturating_add(LEASE_GRACE_MS) {
+    } else if now_ms > record.lease_until_ms.saturating_add(grace_ms) {
         LeaseVerdict::Expired
     } else {
         LeaseVerdict::Busy { until_ms: record.lease_until_ms }
@@ -376,8 +545,8 @@ pub fn busy(table: &str, owner: Option<Uuid>, until_ms: Option<i64>, job_shown: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commit::ledger::SideRecord;
     use crate::commit::ledger::tests::record;
+    use crate::commit::ledger::{DedupRecord, SideRecord};
     use crate::offset::NextOffset;
 
     fn held(low: i64, end: i64) -> OffsetRange {
@@ -387,29 +556,32 @@ mod tests {
     struct Case {
         found: Found,
         rows: u64,
-        sides: BTreeMap<String, Uuid>,
-        mark: Option<SideMark>,
+        sides: BTreeMap<Role, SideFacts<'static>>,
         local: bool,
         cluster: Option<&'static str>,
         topics: BTreeMap<String, Option<TopicId>>,
         offsets: BTreeMap<TopicPartition, OffsetRange>,
     }
 
+    impl Case {
+        fn dead(&mut self) -> &mut SideFacts<'static> {
+            self.sides.get_mut(&Role::DeadLetters).unwrap()
+        }
+    }
+
     fn case(found: Found) -> Case {
         let known = record();
         let offsets =
             (0..3).map(|partition| (TopicPartition::new("sent", partition), held(0, 1_000))).collect();
-        let sides = known.sides.iter().map(|(role, side)| (role.clone(), side.uuid)).collect();
-        Case {
-            found,
-            rows: 0,
-            sides,
+        let dead = SideFacts {
+            table: "events.n_dead_letters".into(),
+            uuid: None,
             mark: None,
-            local: false,
-            cluster: Some("c1"),
-            topics: known.topics,
-            offsets,
-        }
+            rows: 0,
+            metadata: None,
+        };
+        let sides = BTreeMap::from([(Role::DeadLetters, dead)]);
+        Case { found, rows: 0, sides, local: false, cluster: Some("c1"), topics: known.topics, offsets }
     }
 
     fn resumed() -> Case {
@@ -421,12 +593,9 @@ mod tests {
             job_shown: "jobs/n.toml",
             job_name: "n",
             table: "events.n",
-            dead_letter_table: "events.n_dead_letters",
-            dead_letter_mark: case.mark.as_ref(),
-            state_dir: "state",
+            sides: &case.sides,
             found: &case.found,
             table_rows: case.rows,
-            side_uuids: &case.sides,
             local_generations: case.local,
             cluster_id: case.cluster,
             topic_ids: &case.topics,
@@ -497,7 +666,7 @@ mod tests {
             (mark(job_id, 4, Some("h")), Some(Reason::TableRolledBack)),
             (mark(Uuid::from_u128(77), 1, None), Some(Reason::OtherJob)),
         ] {
-            case.mark = Some(found);
+            case.dead().mark = Some(found);
             assert_eq!(judged(&case, Allow::default()).err().map(|stop| stop.reason), reason);
         }
     }
@@ -505,7 +674,7 @@ mod tests {
     #[test]
     fn a_first_run_does_not_take_the_dead_letter_table_of_another_job() {
         let mut case = case(Found::Nothing);
-        case.mark = Some(mark(Uuid::from_u128(8), 1, None));
+        case.dead().mark = Some(mark(Uuid::from_u128(8), 1, None));
         let (reason, way_out) = stops_with(&case);
         assert_eq!(reason, Reason::OtherJob);
         assert!(way_out.contains("--set sink.iceberg.dead_letters.table=events.n_dead_letters_2"));
@@ -520,7 +689,7 @@ mod tests {
         };
         for found in [Found::Nothing, Found::Record(Box::new(record()))] {
             let mut case = case(found);
-            case.mark = Some(earlier.clone());
+            case.dead().mark = Some(earlier.clone());
             assert!(judged(&case, Allow::default()).is_ok());
         }
     }
@@ -545,6 +714,34 @@ mod tests {
     }
 
     #[test]
+    fn a_replay_goes_on_from_the_older_batch_above_everything_that_was_rolled_back() {
+        let older = record();
+        let mut newer = LedgerRecord {
+            batch: 9,
+            epoch: older.epoch + 2,
+            sequence: older.sequence + 7,
+            dedup: DedupRecord { generation: Some("h".into()), ..older.dedup.clone() },
+            ..older.clone()
+        };
+        let cursors = newer.lanes.get_mut("live").unwrap().topics.get_mut("sent").unwrap();
+        cursors.get_mut(&0).unwrap().end = NextOffset::at(500);
+        let found =
+            Found::RolledBack { older: Some(Box::new(older.clone())), newer: Box::new(newer.clone()) };
+        let mut case = case(found);
+        case.dead().mark = Some(mark(older.job_id, 9, Some("h")));
+        let allow = Allow { replay: true, ..Allow::default() };
+        let Ok(Start::Resume(resumed)) = judged(&case, allow) else { panic!("a replay goes on") };
+        assert_eq!((resumed.batch, resumed.attempt, &resumed.dedup), (4, older.attempt, &older.dedup));
+        assert_eq!((resumed.epoch, resumed.sequence), (newer.epoch, newer.sequence));
+        assert_eq!((resumed.sides_back_to, resumed.jumps.len()), (Some(4), 1));
+        assert_eq!(resumed.jumps[0].old_end, Some(NextOffset::at(500)));
+
+        let nothing_left = Found::RolledBack { older: None, newer: Box::new(newer) };
+        case.found = nothing_left;
+        assert_eq!(judged(&case, allow).unwrap_err().reason, Reason::TableRolledBack);
+    }
+
+    #[test]
     fn a_missing_or_replaced_side_table_stops() {
         let mut with_side = record();
         let side = SideRecord {
@@ -558,7 +755,7 @@ mod tests {
         with_side.sides.insert("dead_letters".into(), side);
         let mut case = case(Found::Record(Box::new(with_side)));
         assert_eq!(stops_with(&case).0, Reason::TableReplaced);
-        case.sides.insert("dead_letters".into(), Uuid::from_u128(6));
+        case.dead().uuid = Some(Uuid::from_u128(6));
         assert_eq!(stops_with(&case).0, Reason::TableReplaced);
     }
 

@@ -1,0 +1,72 @@
+"""A command and what the kernel counted of it: time, processor, memory, under a hard limit that counts the page cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERSION_1 = Path("/sys/fs/cgroup/memory")
+VERSION_2 = Path("/sys/fs/cgroup")
+
+
+@dataclass
+class Measured:
+    """What one command cost."""
+
+    exit_code: int
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    limit: str
+    events: list[dict[str, Any]] = field(default_factory=list)
+    stderr: str = ""
+
+    def figures(self) -> dict[str, Any]:
+        """For a report."""
+        return {
+            "seconds": round(self.seconds, 3), "cpu_seconds": round(self.cpu_seconds, 2),
+            "peak_rss_bytes": self.peak_rss_bytes, "limit": self.limit,
+        }  # fmt: skip
+
+
+def measured(command: list[str], limit_bytes: int | None = None) -> Measured:
+    """Runs a command that prints JSON lines. Memory is VmHWM as the kernel hands it to the parent."""
+    folder = _limited(limit_bytes) if limit_bytes else None
+    prefix = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(folder)] if folder else []
+    # what it prints goes to files, so that it never waits for a reader
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said_of_errors:
+        begun = time.monotonic()
+        child = subprocess.Popen([*prefix, *command], stdin=subprocess.DEVNULL, stdout=printed, stderr=said_of_errors)
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            seconds = time.monotonic() - begun
+            if folder:
+                folder.rmdir()
+        printed.seek(0)
+        said_of_errors.seek(0)
+        out, err = printed.read(), said_of_errors.read()
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    said = f"cgroup of {limit_bytes} bytes" if folder else "none"
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Measured(child.returncode, seconds, cpu_seconds, usage.ru_maxrss * 1024, said, lines, err)
+
+
+def _limited(limit_bytes: int) -> Path | None:
+    of_version_1 = (VERSION_1 / "memory.limit_in_bytes").exists()
+    folder = (VERSION_1 if of_version_1 else VERSION_2) / f"tidemill-bench-{os.getpid()}"
+    try:
+        if not of_version_1:
+            (VERSION_2 / "cgroup.subtree_control").write_text("+memory")
+        folder.mkdir()
+        (folder / ("memory.limit_in_bytes" if of_version_1 else "memory.max")).write_text(str(limit_bytes))
+    except OSError:
+        return None
+    return folder

@@ -1,0 +1,263 @@
+//! What both forms of a record keep, and that every released form is read.
+
+use super::*;
+
+/// A record at batch 4, with one topic partition read to offset 100.
+pub(crate) fn record() -> LedgerRecord {
+    let cursor = Cursor {
+        start: NextOffset::at(50),
+        end: NextOffset::at(100),
+        tail: Some(Tail { offset: 99, hash: 7 }),
+        max_event_time: Some(EventTimeMs(1_700_000_000_000)),
+    };
+    let behind = Cursor { max_event_time: Some(EventTimeMs(1_699_999_000_000)), ..cursor };
+    let empty = Cursor { max_event_time: None, tail: None, ..cursor };
+    let partitions = BTreeMap::from([(0, cursor), (1, behind), (2, empty)]);
+    let lane = Lane {
+        watermark: Some(EventTimeMs(1_699_999_400_000)),
+        topics: BTreeMap::from([("sent".to_owned(), partitions)]),
+        backfill: None,
+    };
+    LedgerRecord {
+        format: FORMAT_VERSION,
+        job_id: Uuid::from_u128(1),
+        job_name: "n".into(),
+        epoch: 3,
+        owner: Uuid::from_u128(2),
+        lease_until_ms: 1_700_000_900_000,
+        released: true,
+        kind: Kind::Data,
+        sequence: 11,
+        attempt: Uuid::from_u128(3),
+        batch: 4,
+        last_batch_with_rows: 4,
+        cut_time_ms: 1_700_000_000_500,
+        cluster_id: Some("c1".into()),
+        schema_id: 0,
+        spec_id: 0,
+        job_hash: "hash".into(),
+        sides_back_to: None,
+        restored_from: None,
+        dedup: DedupRecord {
+            generation: Some("g".into()),
+            checksum: Some("c".into()),
+            seed: u64::MAX,
+            key_spec_hash: "spec".into(),
+            shards: 256,
+            bucket_width_ms: 75_600_000,
+            eras: Vec::new(),
+            repeats: Repeats::AnyTime,
+            floor: Some(EventTimeMs(1_600_000_000_000)),
+            complete_since: None,
+            keys: 50,
+            digest: "0f".into(),
+        },
+        topics: BTreeMap::from([("sent".to_owned(), Some(TopicId(Uuid::from_u128(4))))]),
+        lanes: BTreeMap::from([(LIVE_LANE.to_owned(), lane)]),
+        batch_lane: None,
+        counts: Counts { consumed: 50, written: 50, ..Counts::default() },
+        sides: BTreeMap::new(),
+        buckets: vec![BucketRecord { from: 0, to: 1, count: 50, digest: "00".into() }],
+        jumps: Vec::new(),
+        others: None,
+        suppressed: None,
+        batch_generation: None,
+        change: None,
+        requeue: None,
+    }
+}
+
+#[test]
+fn the_full_form_comes_back_as_it_was() {
+    let record = record();
+    assert_eq!(LedgerRecord::from_property(&record.to_property()).unwrap(), record);
+}
+
+#[test]
+fn both_forms_carry_the_widths_of_earlier_buckets_and_from_when_the_state_is_complete() {
+    let mut record = record();
+    assert!(!record.pack().contains("eras"), "a width that never changed takes no room");
+    record.dedup.eras = vec![EraRecord { until: EventTimeMs(1_650_000_000_000), bucket_width_ms: 3_600_000 }];
+    record.dedup.complete_since = Some(EventTimeMs(1_640_000_000_000));
+    let full = LedgerRecord::from_property(&record.to_property()).unwrap();
+    let packed = LedgerRecord::from_packed(&record.pack(), 1).unwrap();
+    assert_eq!((&full.dedup, &packed.dedup), (&record.dedup, &record.dedup));
+}
+
+#[test]
+fn the_packed_form_is_enough_to_resume() {
+    let record = record();
+    let summary = record.to_summary();
+    let unpacked = LedgerRecord::from_packed(&summary[SUMMARY_PACKED], 1).unwrap();
+    let mut expected = record.clone();
+    for cursor in expected.lanes.get_mut(LIVE_LANE).unwrap().topics.get_mut("sent").unwrap().values_mut() {
+        (cursor.start, cursor.tail) = (cursor.end, None);
+    }
+    (expected.counts, expected.buckets) = (Counts::default(), Vec::new());
+    assert_eq!(record.without_what_packing_leaves_out(), expected);
+    assert_eq!(unpacked, expected);
+}
+
+#[test]
+fn a_property_that_was_edited_by_hand_is_not_the_full_form_of_its_commit() {
+    let record = record();
+    let packed = LedgerRecord::from_packed(&record.pack(), 1).unwrap();
+    assert!(is_full_form_of(&record, &packed));
+    let mut edited = record;
+    let cursors = edited.lanes.get_mut(LIVE_LANE).unwrap().topics.get_mut("sent").unwrap();
+    cursors.get_mut(&0).unwrap().end = NextOffset::at(150);
+    assert!(!is_full_form_of(&edited, &packed));
+}
+
+#[test]
+fn the_packed_form_keeps_to_its_size() {
+    let mut record = record();
+    record.dedup.generation = Some("e0000000012-b0000003456-0199aaaa-bbbb-7ccc-8ddd-eeeeffff0000".into());
+    (record.dedup.checksum, record.dedup.key_spec_hash) = (Some("0".repeat(32)), "1".repeat(32));
+    (record.job_hash, record.dedup.digest) = ("2".repeat(32), "3".repeat(32));
+    (record.job_name, record.cluster_id) = ("notifications".into(), Some("4L6g3nShT-eMCtK--X86sw".into()));
+    let partitions = &mut record.lanes.get_mut(LIVE_LANE).unwrap().topics;
+    let cursor = Cursor {
+        start: NextOffset::at(0),
+        end: NextOffset::at(999_999_999_999),
+        tail: None,
+        max_event_time: Some(EventTimeMs(1_700_000_000_000)),
+    };
+    let trailing = Cursor { max_event_time: Some(EventTimeMs(1_699_900_000_000)), ..cursor };
+    partitions.clear();
+    partitions.insert("sent".into(), (0..100).map(|p| (p, if p == 0 { cursor } else { trailing })).collect());
+    let hundred = record.to_summary()[SUMMARY_PACKED].len();
+    assert!(hundred < 4096, "{hundred} bytes for 100 topic partitions");
+    let partitions = &mut record.lanes.get_mut(LIVE_LANE).unwrap().topics;
+    partitions.insert("sent".into(), (0..200).map(|p| (p, if p == 0 { cursor } else { trailing })).collect());
+    let two_hundred = record.to_summary()[SUMMARY_PACKED].len();
+    let each = (two_hundred - hundred) as f64 / 100.0;
+    assert!(each <= 28.0, "{each} bytes for each further topic partition with offsets near 1e12");
+}
+
+#[test]
+fn a_newer_record_is_refused_by_name_before_anything_is_read_from_it() {
+    let error = LedgerRecord::from_property(r#"{"format": 4, "everything": "else"}"#).unwrap_err();
+    assert_eq!(error.to_string(), "ledger format 4 is newer than 3, the newest that this program reads");
+}
+
+#[test]
+fn a_broken_record_says_where_it_stands() {
+    let huge = record().to_property().replace("\"epoch\":3", "\"epoch\":18446744073709551615");
+    for text in ["", "[]", "{}", r#"{"format":1}"#, huge.as_str()] {
+        let error = LedgerRecord::from_property(text).unwrap_err();
+        assert!(error.to_string().starts_with("ledger record in table property tidemill.ledger"), "{error}");
+    }
+}
+
+#[test]
+fn the_golden_record_of_format_1_is_read() {
+    let text = include_str!("../../../fixtures/ledger-1.json");
+    assert_eq!(LedgerRecord::from_property(text).unwrap(), LedgerRecord { format: 1, ..record() });
+}
+
+/// What version 2 added.
+fn changed_record() -> LedgerRecord {
+    let bucket = BucketRecord { from: 0, to: 1, count: 7, digest: "07".into() };
+    LedgerRecord {
+        kind: Kind::Change,
+        others: Some(Others { batch_max: 2, adopted: true, buckets: vec![bucket] }),
+        suppressed: Some(Suppressed { table: "e.n_suppressed".into(), uuid: Uuid::from_u128(9), rows: 3 }),
+        batch_generation: Some("f".into()),
+        change: Some(Change { by: "state adopt-rows".into(), what: "7 keys".into() }),
+        ..record()
+    }
+}
+
+#[test]
+fn the_golden_record_of_format_2_is_read() {
+    let text = include_str!("../../../fixtures/ledger-2.json");
+    assert_eq!(LedgerRecord::from_property(text).unwrap(), LedgerRecord { format: 2, ..changed_record() });
+}
+
+/// What version 3 added: a backfill that is being read, whose microbatch this is, and one that is done.
+fn backfilling_record() -> LedgerRecord {
+    let cursor = |end, time| Cursor {
+        start: NextOffset::at(10),
+        end: NextOffset::at(end),
+        tail: Some(Tail { offset: end - 1, hash: 8 }),
+        max_event_time: Some(EventTimeMs(time)),
+    };
+    let partitions = BTreeMap::from([(0, cursor(20, 1_690_000_000_000)), (1, cursor(40, 1_690_000_000_500))]);
+    let ends = BTreeMap::from([(0, NextOffset::at(90)), (1, NextOffset::at(40))]);
+    let backfill = Backfill {
+        from_ms: 1_689_000_000_000,
+        to_ms: Some(1_690_000_000_000),
+        state: LaneState::Active,
+        ends: BTreeMap::from([("sent".to_owned(), ends)]),
+        counts: Counts { consumed: 40, written: 30, outside_range: 10, ..Counts::default() },
+    };
+    let lane = Lane {
+        watermark: Some(EventTimeMs(1_689_999_000_000)),
+        topics: BTreeMap::from([("sent".to_owned(), partitions)]),
+        backfill: Some(backfill.clone()),
+    };
+    let done = Backfill { to_ms: None, state: LaneState::Done, ends: BTreeMap::new(), ..backfill };
+    let done = Lane { watermark: None, topics: BTreeMap::new(), backfill: Some(done) };
+    let mut record = LedgerRecord { batch_lane: Some("last-week".into()), ..record() };
+    record.lanes.insert("last-week".into(), lane);
+    record.lanes.insert("june".into(), done);
+    record
+}
+
+#[test]
+fn the_golden_record_of_format_3_is_read() {
+    let text = include_str!("../../../fixtures/ledger-3.json");
+    assert_eq!(LedgerRecord::from_property(text).unwrap(), backfilling_record());
+}
+
+#[test]
+fn the_packed_form_keeps_what_a_backfill_reads_and_how_far_it_is() {
+    let record = backfilling_record();
+    let packed = LedgerRecord::from_packed(&record.to_summary()[SUMMARY_PACKED], 1).unwrap();
+    assert!(is_full_form_of(&record, &packed));
+    let lane = &packed.lanes["last-week"];
+    assert_eq!((lane.offsets_left(), &lane.backfill), (70, &record.lanes["last-week"].backfill));
+    assert_eq!(packed.active_backfills().collect::<Vec<_>>(), ["last-week"]);
+}
+
+#[test]
+fn a_job_without_backfills_says_nothing_of_them() {
+    let text = record().to_property() + &record().pack();
+    assert!(!text.contains("backfill") && !text.contains("batch_lane"), "{text}");
+}
+
+#[test]
+fn a_backfill_holds_timestamps_from_its_begin_up_to_its_end_and_no_record_without_one() {
+    let backfill = Backfill {
+        from_ms: 10,
+        to_ms: Some(20),
+        ..backfilling_record().lanes["june"].backfill.clone().unwrap()
+    };
+    let held: Vec<bool> = [9, 10, 19, 20].map(|time| backfill.holds(Some(time))).to_vec();
+    assert_eq!((held, backfill.holds(None)), (vec![false, true, true, false], false));
+    assert!(Backfill { to_ms: None, ..backfill }.holds(Some(i64::MAX)));
+}
+
+#[test]
+fn a_backfill_that_is_done_loses_its_cursors_and_only_the_last_few_are_told_of() {
+    let mut record = backfilling_record();
+    let done = record.lanes["june"].clone();
+    for number in 0..9 {
+        record.lanes.insert(format!("done-{number}"), done.clone());
+    }
+    record.lanes.get_mut("last-week").unwrap().backfill.as_mut().unwrap().state = LaneState::Done;
+    record.tidy_lanes();
+    assert_eq!(record.lanes.len(), 1 + LANES_DONE_MAX);
+    assert_eq!(record.live(), self::record().live());
+    assert!(record.backfills().all(|(_, lane, backfill)| lane.topics.is_empty() && backfill.ends.is_empty()));
+}
+
+#[test]
+fn the_packed_form_keeps_which_rows_are_not_ours() {
+    let packed = LedgerRecord::from_packed(&changed_record().pack(), 1).unwrap();
+    assert_eq!(packed.others, Some(Others { batch_max: 2, adopted: true, buckets: Vec::new() }));
+    assert_eq!((packed.batch_generation(), &packed.change), (Some("f"), &None));
+    assert!(is_full_form_of(&changed_record(), &packed));
+    assert_eq!(record().batch_generation(), Some("g"));
+}

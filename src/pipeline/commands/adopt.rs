@@ -1,0 +1,326 @@
+//! `state adopt-rows` and `state adopt`: a table that has rows and lacks what a ledger would say of them.
+//!
+//! `adopt-rows`: rows of others come to count as seen. The first record says so before a key is read, so a crash on the way
+//! leaves a ledger whose state is made to its end by the next start. Rows are told from ours by their batch: ours
+//! have numbers above the largest that stood in the table.
+//!
+//! `adopt`: the ledger of this job is lost, and its rows and perhaps its state are there. The rows say how far the topics
+//! were read: the largest offset of each topic partition. What was read after it, and left no row, is read again:
+//! repeats are dropped again, letters are known by their places. The state is made from the rows alone, so that a table
+//! that came back from a backup takes in again what it lacks.
+
+use std::collections::BTreeMap;
+
+use super::{AtWork, Confirm, Done, Restored, open_named};
+use crate::commit::ledger::{BucketRecord, Change, Cursor, DedupRecord, EraRecord, Others};
+use crate::dedup::{self, BucketTally, GenerationFacts, GenerationName};
+use crate::job::file::LoadedJob;
+use crate::offset::{NextOffset, TopicPartition};
+use crate::pipeline::owner::{Prepared, prepare};
+use crate::pipeline::rebuild::{
+    Restoring, add_keys_of_others, adopted, commit_change, find_suppressed, restore, tallies, tally_at,
+};
+use crate::pipeline::report::Report;
+use crate::pipeline::state::{bucket_record, facts};
+use crate::pipeline::survey::{key_encoder, rows_of, state_folder};
+use crate::pipeline::world::{AdoptedLedger, Inheritance};
+use crate::pipeline::{RunOptions, stops};
+use crate::protocol::name_generation;
+use crate::protocol::start::Allow;
+use crate::sink::scan::{self, Reach};
+use crate::stop::{Reason, Stop};
+
+const ADOPT_ROWS: &str = "state adopt-rows";
+const ADOPT: &str = "state adopt";
+
+/// Lets the rows of others in the main table count as seen.
+///
+/// # Errors
+/// The [`Stop`] of the start table, or `USAGE` if there are no such rows.
+pub async fn adopt_rows(
+    loaded: &LoadedJob,
+    options: &RunOptions,
+    confirm: Confirm<'_>,
+    report: &mut dyn Report,
+) -> Result<Done, Stop> {
+    let allow = Allow { adopt_rows: true, ..Allow::default() };
+    let prepared = prepare(loaded, options, allow).await?;
+    let table = prepared.survey.main_ident.to_string();
+    let rows = prepared.survey.tables_with_keys().map(rows_of).fold(0, u64::saturating_add);
+    if rows == 0 {
+        return Err(nothing_to_adopt(&table, options));
+    }
+    let of_whom = match &prepared.record {
+        None => format!("the keys of the {rows} rows of table {table}"),
+        Some(_) => format!("the keys of the rows of table {table} that this job did not write"),
+    };
+    confirm(&format!("let {of_whom} count as seen, for good?"))?;
+    let starts = prepared.survey.starts(&loaded.job, prepared.record.as_ref())?;
+    let is_first = prepared.record.is_none();
+    let mut work = AtWork::take(prepared, &starts).await?;
+    let result = if is_first {
+        let restoring = Restoring { by: ADOPT_ROWS, salvage: false, release: true };
+        let record = work.owner.record.clone();
+        restore(&mut work.owner, record, &work.keys, &work.memory, restoring, report).await
+    } else {
+        adopt_beside(&mut work, report).await
+    };
+    let state = work.end(result).await?;
+    let mut notes = vec![format!("{} keys of rows by others count as seen", state.keys_of_others)];
+    if is_first {
+        notes.push(
+            "the ledger was begun at the job's start offsets; events of these rows will count as duplicates"
+                .to_owned(),
+        );
+    }
+    Ok(Done { command: ADOPT_ROWS, table, changed: true, state, notes })
+}
+
+fn nothing_to_adopt(table: &str, options: &RunOptions) -> Stop {
+    Stop::new(
+        Reason::Usage,
+        format!("table {table} has no rows: there is nothing to adopt"),
+        format!("nothing was changed:\n  tidemill run {}", options.job_shown),
+    )
+}
+
+/// On a table with a ledger: the keys of others are looked up in the state, and what it lacks is added.
+async fn adopt_beside(work: &mut AtWork<'_>, report: &mut dyn Report) -> Result<Restored, Stop> {
+    let AtWork { owner, keys, memory, begun } = work;
+    let folder = state_folder(&owner.world.loaded.job);
+    let mut store = open_named(owner, keys, memory, report).await?;
+    let mut next = owner.record.clone();
+    let others =
+        next.others.get_or_insert_with(|| Others { batch_max: 0, adopted: true, buckets: Vec::new() });
+    others.adopted = true;
+    let Some(which) = adopted(&next) else { unreachable!("the rows were adopted above") };
+    let before = store.buckets().to_vec();
+    let named = add_keys_of_others(owner, keys, memory, which, None, &mut store, report).await?;
+    let named = match named {
+        Some(named) => named,
+        // Nothing new: the record alone says from now on that these rows count.
+        None => {
+            let name = GenerationName::new(owner.record.epoch, owner.record.batch, uuid::Uuid::now_v7());
+            let named = store.prepare(name).map_err(|error| stops::state(&folder, error))?;
+            store.publish();
+            named
+        }
+    };
+    let (others, others_before) = (added(&before, store.buckets(), &next.others), &owner.record.others);
+    let count = |buckets: &[BucketRecord]| buckets.iter().map(|bucket| bucket.count).sum::<u64>();
+    let new = count(&others) - others_before.as_ref().map_or(0, |others| count(&others.buckets));
+    if let Some(kept) = &mut next.others {
+        kept.buckets = others;
+    }
+    name_generation(&mut next, facts(&store, named));
+    let state = Restored {
+        keys: store.stats().keys,
+        buckets: store.buckets().len() as u64,
+        keys_of_others: new,
+        seconds: begun.elapsed().as_secs_f64(),
+        ..Restored::default()
+    };
+    let change = Change { by: ADOPT_ROWS.to_owned(), what: state.in_words() };
+    commit_change(owner, next, change, true).await?;
+    Ok(state)
+}
+
+/// What others have in each bucket, with what was added to the state just now.
+fn added(before: &[BucketTally], after: &[BucketTally], others: &Option<Others>) -> Vec<BucketRecord> {
+    let known = others.as_ref().map_or_else(Vec::new, |others| tallies(&others.buckets));
+    let of_bucket = |bucket: &BucketTally| {
+        let mut tally = bucket.tally().less(tally_at(before, bucket.from)).unwrap_or_default();
+        tally.add_all(tally_at(&known, bucket.from));
+        (tally.keys > 0)
+            .then(|| bucket_record(&BucketTally { keys: tally.keys, digest: tally.digest, ..*bucket }))
+    };
+    after.iter().filter_map(of_bucket).collect()
+}
+
+/// Makes a lost ledger again from the rows of the table, and what the state folder knows of the job.
+///
+/// # Errors
+/// `USAGE` if no ledger was lost or the table has no row of this job; `KEY_SPEC_CHANGED` if the state was made for another
+/// key; the [`Stop`] of the start table.
+pub async fn adopt_ledger(
+    loaded: &LoadedJob,
+    options: &RunOptions,
+    confirm: Confirm<'_>,
+    report: &mut dyn Report,
+) -> Result<Done, Stop> {
+    let allow = Allow { adopt_ledger: true, ..Allow::default() };
+    let mut prepared = prepare(loaded, options, allow).await?;
+    let table = prepared.survey.main_ident.to_string();
+    if prepared.record.is_some() {
+        return Err(Stop::new(
+            Reason::Usage,
+            format!("table {table} has its ledger: there is nothing to adopt"),
+            format!("nothing was changed:\n  tidemill run {}", options.job_shown),
+        ));
+    }
+    let reach = reach(&prepared, loaded).await?;
+    if reach.rows == 0 {
+        return Err(Stop::new(
+            Reason::Usage,
+            format!("table {table} has no row that this job wrote: there is no ledger to make again"),
+            format!(
+                "nothing was changed; to begin anew, on a table that is empty:\n  tidemill state discard {job}\n\
+                 to let rows of others count as seen, after that:\n  tidemill state adopt-rows {job}",
+                job = options.job_shown
+            ),
+        ));
+    }
+    let (name, known) = usable_generation(&prepared, loaded, options, &reach)?;
+    let starts = prepared.survey.starts(&loaded.job, None)?;
+    let mut adopted = adopted_ledger(&prepared, loaded, name, &known, &reach)?;
+    let catalog = &*prepared.survey.catalog;
+    adopted.suppressed = find_suppressed(catalog, &loaded.job, &known.spec.key_spec_hash).await?;
+    let places: Vec<String> =
+        adopted.cursors.iter().map(|(name, cursor)| format!("{name}: next offset {}", cursor.end)).collect();
+    confirm(&format!(
+        "make the ledger of table {table} again at batch {}, from its {} rows?\n  {}",
+        adopted.batch,
+        reach.rows,
+        places.join("\n  ")
+    ))?;
+    prepared.outside.inheritance = Inheritance::Ledger(Box::new(adopted));
+    let mut work = AtWork::take(prepared, &starts).await?;
+    let restoring = Restoring { by: ADOPT, salvage: false, release: true };
+    let record = work.owner.record.clone();
+    let result = restore(&mut work.owner, record, &work.keys, &work.memory, restoring, report).await;
+    let missing = lacking(&known.buckets, &tallies(&work.owner.record.buckets));
+    let batch = work.owner.record.batch;
+    let state = work.end(result).await?;
+    let mut notes = vec![format!(
+        "the ledger was made again at batch {batch}; what the topics hold after the last row of each topic partition is \
+         read again, and its repeats are dropped"
+    )];
+    if name.batch <= reach.batch_max && missing > 0 {
+        notes.push(format!(
+            "{missing} keys that the state folder knew have no row in the table any more; if their events are sent again, \
+             they are written again"
+        ));
+    }
+    Ok(Done { command: ADOPT, table, changed: true, state, notes })
+}
+
+/// Keys that were counted and are not there.
+fn lacking(known: &[BucketTally], found: &[BucketTally]) -> u64 {
+    let in_bucket = |bucket: &BucketTally| bucket.keys.saturating_sub(tally_at(found, bucket.from).keys);
+    known.iter().map(in_bucket).sum()
+}
+
+async fn reach(prepared: &Prepared<'_>, loaded: &LoadedJob) -> Result<Reach, Stop> {
+    let mut reach = Reach::default();
+    for table in prepared.survey.tables_with_keys() {
+        let columns_there = ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_tidemill_batch"]
+            .iter()
+            .all(|name| table.metadata().current_schema().field_by_name(name).is_some());
+        if !columns_there {
+            continue;
+        }
+        let found = scan::reach(table, &loaded.job.event_time.column).await.map_err(|error| {
+            stops::data(format!("table {} can not be read", table.identifier()), error.reason(), error)
+        })?;
+        reach.add(found);
+    }
+    Ok(reach)
+}
+
+/// The newest generation of this key that a commit can have named: its batch has rows in the table. If there is none, the
+/// newest of this key still says who the job is.
+fn usable_generation(
+    prepared: &Prepared<'_>,
+    loaded: &LoadedJob,
+    options: &RunOptions,
+    reach: &Reach,
+) -> Result<(GenerationName, GenerationFacts), Stop> {
+    let folder = state_folder(&loaded.job);
+    let of_state = |error| stops::state(&folder, error);
+    let (mut fitting, mut other_key) = (Vec::new(), false);
+    for found in dedup::list_generations(&folder, None).map_err(of_state)? {
+        let facts = dedup::generation_facts(&folder, &found.reference).map_err(of_state)?;
+        let encoder = key_encoder(&prepared.decoder.schema(), &loaded.job, facts.spec.seed)?;
+        let job = &loaded.job;
+        let hash = encoder.key_spec_hash(job.dedup.shards, &job.bucket_source(), job.dedup.repeats);
+        if hash == facts.spec.key_spec_hash {
+            fitting.push((found.reference.name, facts));
+        } else {
+            other_key = true;
+        }
+    }
+    let newest = fitting.iter().rposition(|(name, _)| name.batch <= reach.batch_max);
+    let chosen = newest.or_else(|| fitting.len().checked_sub(1));
+    if let Some(index) = chosen {
+        return Ok(fitting.swap_remove(index));
+    }
+    let (reason, what) = if other_key {
+        (Reason::KeySpecChanged, "the state folder was made for another key than this job's")
+    } else {
+        (Reason::Usage, "the state folder has no generation of this job, so no ledger was lost")
+    };
+    let way_out = if other_key {
+        format!(
+            "nothing was changed; set the fields of [dedup] back as they were, then:\n  tidemill state adopt {}",
+            options.job_shown
+        )
+    } else {
+        format!(
+            "nothing was changed; to let the rows of the table count as seen:\n  tidemill state adopt-rows {}",
+            options.job_shown
+        )
+    };
+    Err(Stop::new(reason, what, way_out))
+}
+
+fn adopted_ledger(
+    prepared: &Prepared<'_>,
+    loaded: &LoadedJob,
+    name: GenerationName,
+    facts: &GenerationFacts,
+    reach: &Reach,
+) -> Result<AdoptedLedger, Stop> {
+    let spec = &facts.spec;
+    let sides = prepared.survey.side_facts()?;
+    let marks = sides.into_values().filter_map(|side| side.mark).filter(|mark| mark.job_id == spec.job_id);
+    let mark = marks.max_by_key(|mark| mark.batch);
+    let marked = mark.as_ref().map_or(0, |mark| mark.batch);
+    let batch = reach.batch_max.max(marked);
+    let width_ms = dedup::bucket_width_ms(loaded.job.dedup.window, loaded.job.dedup.repeats);
+    let dedup = DedupRecord {
+        generation: None,
+        checksum: None,
+        seed: spec.seed,
+        key_spec_hash: spec.key_spec_hash.clone(),
+        shards: spec.shards,
+        bucket_width_ms: if facts.floor.is_some() { spec.bucket_width_ms } else { width_ms },
+        eras: facts
+            .eras
+            .iter()
+            .map(|era| EraRecord { until: era.until, bucket_width_ms: era.bucket_width_ms })
+            .collect(),
+        repeats: spec.repeats,
+        floor: facts.floor,
+        complete_since: (facts.complete_since.0 > i64::MIN).then_some(facts.complete_since),
+        keys: 0,
+        digest: String::new(),
+    };
+    let cursors: BTreeMap<TopicPartition, Cursor> = reach
+        .places
+        .iter()
+        .map(|(place, (offset, time))| {
+            let end = NextOffset::after(*offset);
+            (place.clone(), Cursor { start: end, end, tail: None, max_event_time: Some(*time) })
+        })
+        .collect();
+    Ok(AdoptedLedger {
+        job_id: spec.job_id,
+        epoch: name.epoch,
+        batch,
+        last_batch_with_rows: reach.batch_max,
+        batch_generation: mark.filter(|mark| mark.batch == batch).and_then(|mark| mark.generation),
+        dedup,
+        suppressed: None,
+        cursors,
+    })
+}

@@ -1,0 +1,139 @@
+//! Where the rows of a probe batch go: what time says of them, and what that makes of late rows.
+//!
+//! Flow: time verdicts -> [`Judged`] -> rows that nothing can prove new are set aside -> probe -> main and late table
+//!
+//! Invariants
+//! 1. A row that is dropped for being late, or set aside as unproven, is not probed: its key does not come to count as seen
+//!    by it (R1).
+//! 2. Every other late row passes the probe like one that is on time, so that main and late table together hold each key
+//!    once.
+
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, BooleanArray, RecordBatch, TimestampMicrosecondArray};
+use arrow::compute::filter_record_batch;
+use arrow::datatypes::{Field, Schema};
+
+use super::microbatch::unexpected_arrow;
+use crate::event_time::EventTimeMs;
+use crate::job::{LATE_COLUMNS, LatePolicy};
+use crate::mutant;
+use crate::stop::Stop;
+
+/// Where one decoded row goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// Refused, dropped, or a repeat.
+    Nowhere,
+    /// To the main table, if its key was not seen.
+    Main,
+    /// To the late table, if its key was not seen.
+    Late,
+    /// To the late table, marked as unproven, whatever its key.
+    Unproven,
+}
+
+/// Rows of a probe batch, as far as they were judged.
+#[derive(Debug)]
+pub(super) struct Judged {
+    pub(super) fates: Vec<Fate>,
+    /// The watermark behind which a row is late, of those that are.
+    watermarks: Vec<Option<EventTimeMs>>,
+}
+
+impl Judged {
+    /// So many rows, none of which goes anywhere yet.
+    pub(super) fn of_none(rows: usize) -> Self {
+        Self { fates: vec![Fate::Nowhere; rows], watermarks: vec![None; rows] }
+    }
+
+    /// A row is late behind this watermark.
+    pub(super) fn late(&mut self, row: usize, watermark: EventTimeMs, policy: LatePolicy) {
+        self.watermarks[row] = Some(watermark);
+        self.fates[row] = match policy {
+            LatePolicy::Keep => Fate::Main,
+            LatePolicy::Side => mutant!("late-rows-to-main", Fate::Main => Fate::Late),
+            LatePolicy::Drop => mutant!("late-rows-kept", Fate::Main => Fate::Nowhere),
+        };
+    }
+
+    /// Takes the rows that are `gone` beyond what the state knows out of those to be probed. Gives their number.
+    pub(super) fn set_aside(&mut self, order: &mut Vec<usize>, gone: &[bool]) -> u64 {
+        let before = order.len();
+        let mut gone = gone.iter();
+        order.retain(|&row| {
+            let is_gone = *gone.next().expect("one answer for each row to be probed");
+            if is_gone {
+                self.fates[row] = Fate::Unproven;
+            }
+            !is_gone
+        });
+        (before - order.len()) as u64
+    }
+}
+
+/// The rows whose fate is one of those asked for.
+pub(super) fn rows_where(
+    rows: &RecordBatch,
+    judged: &Judged,
+    is_asked: impl Fn(Fate) -> bool,
+) -> Result<RecordBatch, Stop> {
+    let mask: BooleanArray = judged.fates.iter().map(|fate| Some(is_asked(*fate))).collect();
+    filter_record_batch(rows, &mask).map_err(unexpected_arrow)
+}
+
+/// Rows of main with the columns that the late table has beside.
+pub(super) fn with_late_columns(rows: &RecordBatch, judged: &Judged) -> Result<RecordBatch, Stop> {
+    let micros = |time: &Option<EventTimeMs>| time.map(|time| time.0.saturating_mul(1_000));
+    let watermarks: TimestampMicrosecondArray = judged.watermarks.iter().map(micros).collect();
+    let watermarks: ArrayRef = Arc::new(watermarks.with_timezone("+00:00"));
+    let unproven: BooleanArray = judged.fates.iter().map(|fate| Some(*fate == Fate::Unproven)).collect();
+    let unproven: ArrayRef = Arc::new(unproven);
+    let mut fields: Vec<Arc<Field>> = rows.schema().fields().iter().cloned().collect();
+    let mut columns = rows.columns().to_vec();
+    for ((name, _, required), column) in LATE_COLUMNS.iter().zip([watermarks, unproven]) {
+        fields.push(Arc::new(Field::new(*name, column.data_type().clone(), !required)));
+        columns.push(column);
+    }
+    RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).map_err(unexpected_arrow)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_are_set_aside_are_not_probed_and_the_others_keep_their_order() {
+        let mut judged = Judged::of_none(5);
+        (1..5).for_each(|row| judged.fates[row] = Fate::Main);
+        judged.late(3, EventTimeMs(7), LatePolicy::Side);
+        let mut order = vec![4, 1, 3, 2];
+        assert_eq!(judged.set_aside(&mut order, &[false, true, true, false]), 2);
+        assert_eq!(order, [4, 2]);
+        assert_eq!(judged.fates, [Fate::Nowhere, Fate::Unproven, Fate::Main, Fate::Unproven, Fate::Main]);
+        let rows = RecordBatch::try_from_iter([(
+            "n",
+            Arc::new(arrow::array::Int32Array::from_iter_values(0..5)) as ArrayRef,
+        )])
+        .unwrap();
+        let late =
+            rows_where(&with_late_columns(&rows, &judged).unwrap(), &judged, |fate| fate == Fate::Unproven)
+                .unwrap();
+        assert_eq!(late.num_rows(), 2);
+        let watermarks = late.column(1).as_any().downcast_ref::<TimestampMicrosecondArray>().unwrap();
+        assert_eq!(watermarks.iter().collect::<Vec<_>>(), [None, Some(7_000)]);
+    }
+
+    #[test]
+    fn a_late_row_goes_where_the_job_says() {
+        for (policy, fate) in [
+            (LatePolicy::Keep, Fate::Main),
+            (LatePolicy::Side, Fate::Late),
+            (LatePolicy::Drop, Fate::Nowhere),
+        ] {
+            let mut judged = Judged::of_none(1);
+            judged.late(0, EventTimeMs(7), policy);
+            assert_eq!(judged.fates, [fate]);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! What must hold, judged whenever a request lands, from the log and the history alone.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use super::process::{main_ident, side_ident};
+use super::universe::{Content, EventKind, File, Flight, Key, Place, Row, TOPIC, Truth, Universe};
+use crate::commit::ledger::{self, Found, Kind, LedgerRecord, PROPERTY, attempt_on_ancestry};
+use crate::commit::side::{MARK, Role, SideMark};
+
+/// What a request makes of a table; breaks the universe if it must not.
+pub(super) fn judge(universe: &mut Universe, flight: &Flight, base: &Content, files: Vec<File>) -> Content {
+    let paths: BTreeSet<&str> = files.iter().map(|file| file.path.as_str()).collect();
+    universe.require(paths.len() == files.len(), || "a data file stands twice in a table".to_owned());
+    for file in &flight.files {
+        let is_durable = universe.stored.get(&file.path) == Some(&true);
+        universe.require(is_durable, || format!("{} is named and not durable", file.path));
+    }
+    match flight.properties.get(PROPERTY) {
+        Some(text) => judge_main(universe, flight, base, files, text),
+        None => judge_side(universe, flight, base, files),
+    }
+}
+
+/// Rows of ours.
+fn rows(files: &[File]) -> impl Iterator<Item = &Row> {
+    files.iter().flat_map(|file| file.rows.iter()).filter(|row| row.batch.is_some())
+}
+
+fn judge_main(
+    universe: &mut Universe,
+    flight: &Flight,
+    base: &Content,
+    files: Vec<File>,
+    text: &str,
+) -> Content {
+    let record = LedgerRecord::from_property(text).expect("a record of ours");
+    let base = &below(universe, flight, base);
+    judge_chain(universe, base.record.as_deref(), &record);
+    let mut truth = (*base.truth).clone();
+    if record.kind == Kind::Data {
+        let consumed = take(universe, &mut truth, &record);
+        let late = owed(universe, &record, Role::Late);
+        judge_counts(universe, flight, &record, consumed, late.len() as u64);
+        truth.late.extend(late);
+    }
+    let late = truth.late.iter().filter(|row| !row.is_unproven);
+    let keys: Vec<Key> = rows(&files).chain(late).map(|row| row.key).collect();
+    let once: BTreeSet<Key> = keys.iter().copied().collect();
+    universe.require(keys.len() == once.len(), || {
+        format!("a key stands twice in main and late table after batch {}", record.batch)
+    });
+    universe.require(once == truth.keys, || {
+        let missing: Vec<_> = truth.keys.difference(&once).collect();
+        let surplus: Vec<_> = once.difference(&truth.keys).collect();
+        format!(
+            "main and late table lack keys {missing:?} and have keys {surplus:?} too many after batch {}",
+            record.batch
+        )
+    });
+    if let Some(generation) = &record.dedup.generation
+        && record.kind == Kind::Data
+    {
+        universe.landed.insert(generation.clone());
+        let folder = &universe.folders[flight.folder];
+        let keys = folder.generation(generation);
+        let is_gone = keys.is_none() && (folder.is_lock_broken || folder.is_harmed);
+        universe.require(is_gone || keys.as_ref() == Some(&truth.keys), || {
+            format!("generation {generation} does not hold the keys of its table: {keys:?}")
+        });
+    }
+    Content { files: Rc::new(files), record: Some(Rc::new(record)), truth: Rc::new(truth) }
+}
+
+/// What a commit builds on. Where history was cut off, a start believes the property once the rows of the last batch that
+/// had any are there: then nothing but commits without rows was rolled back, and it goes on from them.
+fn below(universe: &Universe, flight: &Flight, base: &Content) -> Content {
+    let metadata = &universe.tables[&flight.table].metadata;
+    let is_there = base.record.as_ref().is_some_and(|record| attempt_on_ancestry(metadata, record.attempt));
+    if is_there {
+        return base.clone();
+    }
+    match ledger::inspect(metadata) {
+        Ok(Found::CutOff(record)) => {
+            let landed = universe
+                .contents
+                .values()
+                .find(|content| content.record.as_ref().is_some_and(|known| known.attempt == record.attempt));
+            let landed = landed.cloned().unwrap_or_default();
+            Content { record: Some(Rc::from(record)), truth: landed.truth, files: Rc::clone(&base.files) }
+        }
+        _ => base.clone(),
+    }
+}
+
+/// Every record follows from the one before.
+fn judge_chain(universe: &mut Universe, before: Option<&LedgerRecord>, next: &LedgerRecord) {
+    let Some(before) = before else {
+        let fine = next.kind == Kind::Start && next.batch == 0 && next.sequence == 1;
+        return universe.require(fine, || "the first record of a table is no start".to_owned());
+    };
+    // A replay goes on from an older record, above everything that was rolled back.
+    let replays = next.kind == Kind::Fence && next.sides_back_to == Some(next.batch);
+    let step = next.sequence - before.sequence.min(next.sequence);
+    universe.require(step == 1 || (replays && step > 1), || {
+        format!("sequence {} follows {}", next.sequence, before.sequence)
+    });
+    universe.require(next.job_id == before.job_id, || "the job's id changed".to_owned());
+    let fenced = next.epoch > before.epoch;
+    universe.require(next.epoch >= before.epoch && fenced == (next.kind == Kind::Fence), || {
+        format!("epoch {} with a {:?} follows epoch {}", next.epoch, next.kind, before.epoch)
+    });
+    universe.require(fenced || next.owner == before.owner, || {
+        "an owner without a fence of its own committed".to_owned()
+    });
+    let step = u64::from(next.kind == Kind::Data);
+    universe.require(next.batch == before.batch + step, || {
+        format!("batch {} ({:?}) follows batch {}", next.batch, next.kind, before.batch)
+    });
+    for (partition, cursor) in next.live().topics.get(TOPIC).into_iter().flatten() {
+        let known = before.cursor(TOPIC, *partition).map(|cursor| cursor.end);
+        let jump = next.jumps.iter().find(|jump| jump.partition == *partition);
+        let fine = match (next.kind, jump, known) {
+            (Kind::Data, None, Some(end)) => cursor.start == end && cursor.end >= end,
+            (Kind::Data, None, None) => cursor.end >= cursor.start,
+            (Kind::Fence, Some(jump), known) => {
+                replays && known == Some(jump.new_start) && known == Some(cursor.end)
+            }
+            (Kind::Jump, Some(jump), known) => jump.old_end == known && cursor.end == jump.new_start,
+            (_, None, known) => known == Some(cursor.end),
+            (_, Some(_), _) => false,
+        };
+        universe.require(fine, || {
+            format!("{partition}: [{}, {}) ({:?}) follows {known:?}", cursor.start, cursor.end, next.kind)
+        });
+    }
+}
+
+/// Adds what a microbatch took to the truth; gives the number of events.
+fn take(universe: &Universe, truth: &mut Truth, record: &LedgerRecord) -> u64 {
+    let mut consumed = 0;
+    for (partition, cursor) in record.live().topics.get(TOPIC).into_iter().flatten() {
+        for (place, event) in universe.log.events(*partition, cursor.start.get(), cursor.end.get()) {
+            consumed += 1;
+            match event.kind {
+                EventKind::Bad => _ = truth.letters.insert(place),
+                EventKind::OnTime | EventKind::Late => _ = truth.keys.insert(event.key),
+                EventKind::Unproven => {}
+            }
+        }
+    }
+    consumed
+}
+
+/// Rows that a record owes a side table.
+fn owed(universe: &Universe, record: &LedgerRecord, role: Role) -> Vec<Row> {
+    let named = record.sides.get(role.name()).and_then(|side| side.files.as_ref());
+    let paths = named.into_iter().flatten().filter_map(|file| file["path"].as_str());
+    paths.flat_map(|path| universe.files[path].rows.iter().copied()).collect()
+}
+
+fn judge_counts(universe: &mut Universe, flight: &Flight, record: &LedgerRecord, consumed: u64, late: u64) {
+    let counts = &record.counts;
+    let written = rows(&flight.files).count() as u64;
+    let fine = counts.conserved()
+        && (counts.consumed, counts.written, counts.late_side) == (consumed, written, late);
+    universe.require(fine, || {
+        format!("{consumed} events, {written} rows and {late} late rows are not {counts:?}")
+    });
+}
+
+fn judge_side(universe: &mut Universe, flight: &Flight, base: &Content, files: Vec<File>) -> Content {
+    let mark: SideMark = serde_json::from_str(&flight.properties[MARK]).expect("a mark of ours");
+    let role = Role::of(&mark.role).expect("a role of ours");
+    // Offsets that a command moved back are read again: letters are known by their places, and unproven rows by nothing.
+    let found: BTreeSet<(Place, Option<u64>)> = match role {
+        Role::DeadLetters => rows(&files).map(|row| (row.place, None)).collect(),
+        Role::Late => rows(&files).map(|row| (row.place, row.batch)).collect(),
+    };
+    let count = rows(&files).count();
+    universe.require(found.len() == count, || {
+        format!("a row stands twice in the {} after batch {}", role.table_in_words(), mark.batch)
+    });
+    let content = universe.content(&main_ident());
+    // A table that was rolled back, or made anew, since its owner looked says nothing about this commit.
+    let head = content.record.as_ref().filter(|record| {
+        record.job_id == mark.job_id && (record.epoch, record.batch) >= (mark.epoch, mark.batch)
+    });
+    let has_generation = mark.generation.as_ref().is_none_or(|name| universe.landed.contains(name));
+    universe.require(has_generation, || format!("side batch {} comes before main's", mark.batch));
+    let is_head = head.is_some();
+    match role {
+        Role::DeadLetters => {
+            let mut added = rows(&flight.files).map(|row| row.place);
+            let letters = &content.truth.letters;
+            universe.require(!is_head || added.all(|place| letters.contains(&place)), || {
+                format!("the side table has letters that main never took, after batch {}", mark.batch)
+            });
+        }
+        Role::Late => {
+            let is_of_batch = |row: &&Row| row.batch.is_some_and(|batch| batch <= mark.batch);
+            let named: BTreeSet<Row> = content.truth.late.iter().filter(is_of_batch).copied().collect();
+            let found: BTreeSet<Row> = rows(&files).copied().collect();
+            universe.require(!is_head || found == named, || {
+                format!("the late table has {found:?} where main named {named:?}, after batch {}", mark.batch)
+            });
+        }
+    }
+    Content { files: Rc::new(files), ..base.clone() }
+}
+
+/// What must hold once everything is drained.
+pub(super) fn judge_end(universe: &mut Universe) {
+    let content = universe.content(&main_ident());
+    let Some(record) = content.record.clone() else {
+        return universe.broken("nothing was committed although faults stopped");
+    };
+    for (partition, log) in universe.log.partitions.clone().iter().enumerate() {
+        // One that was added and is empty needs no commit: it begins where its log begins.
+        let end = record.cursor(TOPIC, partition as i32).map_or(log.low, |cursor| cursor.end.get());
+        universe.require(end == log.records.len() as i64, || {
+            format!("topic partition {partition} is read to {end} of {}", log.records.len())
+        });
+    }
+    universe.require(record.released, || "the table was not given back".to_owned());
+    let late: BTreeSet<Row> = universe.content(&side_ident(Role::Late)).rows().copied().collect();
+    universe.require(late == content.truth.late, || {
+        format!("the late table has {late:?} where main named {:?}", content.truth.late)
+    });
+    let dead = universe.content(&side_ident(Role::DeadLetters));
+    let letters: BTreeSet<Place> = rows(&dead.files).map(|row| row.place).collect();
+    universe.require(content.truth.letters.is_subset(&letters), || {
+        let missing: Vec<_> = content.truth.letters.difference(&letters).collect();
+        format!("letters {missing:?} were lost")
+    });
+}
