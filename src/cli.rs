@@ -244,9 +244,17 @@ enum StateCommand {
     AdoptRows(RemakeArgs),
     /// Make a lost ledger again from the rows of the table and what the state folder knows of the job
     ///
-    /// For the stop LEDGER_LOST, on a table that was copied, registered anew or brought back from a backup. Each topic
-    /// partition goes on after the last record that left a row; what is read again leaves no second row.
-    Adopt(RemakeArgs),
+    /// For the stop LEDGER_LOST, on a table that was copied, registered anew or brought back from a backup. The topics are
+    /// read again from where the job began (from their earliest offset with start = "latest": where the end was then nobody
+    /// knows any more), as far as the broker has them; what has a row leaves no second one.
+    Adopt {
+        #[command(flatten)]
+        remake: RemakeArgs,
+        /// Go on after the last record of each topic partition that left a row: faster, and right only if no backfill
+        /// read ahead of the live offsets and offsets were never rebased; else what lies between is never read
+        #[arg(long)]
+        after_last_row: bool,
+    },
     /// Make the state again under another key, from the rows of the table
     ///
     /// For the stop KEY_SPEC_CHANGED, when the change of key columns, event-time column, repeats, bucket_from or shards is
@@ -345,7 +353,9 @@ pub fn main() -> ExitCode {
             remake::remake(&args, &Remake::Rebuild { all }, json)
         }
         Command::State(StateCommand::AdoptRows(args)) => remake::remake(&args, &Remake::AdoptRows, json),
-        Command::State(StateCommand::Adopt(args)) => remake::remake(&args, &Remake::Adopt, json),
+        Command::State(StateCommand::Adopt { remake: args, after_last_row }) => {
+            remake::remake(&args, &Remake::Adopt { after_last_row }, json)
+        }
         Command::State(StateCommand::Rekey(args)) => remake::remake(&args, &Remake::Rekey, json),
         Command::State(StateCommand::Forget { remake: args, keys }) => {
             remake::remake(&args, &Remake::Forget { keys }, json)
@@ -392,7 +402,7 @@ impl Command {
                 StateCommand::Rebuild { remake: args, .. }
                 | StateCommand::Forget { remake: args, .. }
                 | StateCommand::AdoptRows(args)
-                | StateCommand::Adopt(args)
+                | StateCommand::Adopt { remake: args, .. }
                 | StateCommand::Rekey(args),
             )
             | Self::Watermark(WatermarkCommand::Set { remake: args, .. }) => Some(args.job.clone()),

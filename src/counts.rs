@@ -49,6 +49,11 @@ impl Counts {
         self.consumed == self.outcomes()
     }
 
+    /// Whether some table gets rows of it.
+    pub fn gives_rows(&self) -> bool {
+        self.written + self.late_side + self.dead_letter > 0
+    }
+
     /// Adds another batch's counts.
     pub fn add(&mut self, other: &Counts) {
         self.consumed += other.consumed;
@@ -85,5 +90,18 @@ mod tests {
         assert_eq!(each.outcomes(), 11_111_111);
         assert!(!each.conserved());
         assert!(Counts { consumed: 11_111_111, ..each }.conserved());
+    }
+
+    #[test]
+    fn a_batch_gives_rows_to_main_to_the_late_table_or_to_dead_letters() {
+        let none = Counts { consumed: 9, duplicate: 4, late_dropped: 3, filtered: 2, ..Counts::default() };
+        assert!(!none.gives_rows());
+        for some in [
+            Counts { written: 1, ..none },
+            Counts { late_side: 1, ..none },
+            Counts { dead_letter: 1, ..none },
+        ] {
+            assert!(some.gives_rows(), "{some:?}");
+        }
     }
 }

@@ -204,6 +204,9 @@ pub enum StoreError {
         /// Which sizes.
         what: String,
     },
+    /// The flag of [`Builder::stop_by`] was set. What was written so far is named by nobody.
+    #[error("the rebuild of the dedup state was stopped")]
+    Stopped,
     /// Event times fall into too many buckets. Widen the window or use `any_time`.
     #[error("event times fall into more than {buckets_max} buckets of dedup state; widen the buckets")]
     TooManyBuckets {

@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    tidemill::allocator::give_back_large_buffers();
     tidemill::cli::main()
 }

@@ -18,7 +18,8 @@
 //!    generations that are kept ([`retention`]).
 //! 3. Everything that a pass writes or will delete is named by its intent before it is written or the commit is sent.
 //! 4. A pass runs between two microbatches of the owner, after its fence and with the side tables forwarded: no attempt
-//!    of this or an earlier epoch can still land, and no side table is owed a file.
+//!    of this or an earlier epoch can still land on main, and no side table is owed a file. The fence does not reach
+//!    side tables: what an earlier pass left there is finished only after a commit of this epoch moved their head.
 //!
 //! Order of durable steps, and what a crash after each leaves
 //! 1. intent: a list of files; nothing is deleted by it that the table reaches.

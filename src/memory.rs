@@ -82,6 +82,12 @@ impl MemoryPlan {
         self.dedup / 2 - self.loan_bytes()
     }
 
+    /// Keys that are sorted while the state is made from the table: no record, no letter and no data file is held then,
+    /// so that those shares serve too. Decode's is left to the readers.
+    pub fn rebuild_bytes(&self) -> u64 {
+        self.dedup + self.records + self.writer
+    }
+
     /// Keys that are sorted while a bucket beyond the window is read from the table.
     pub fn loan_bytes(&self) -> u64 {
         self.dedup / 16

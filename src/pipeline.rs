@@ -35,6 +35,7 @@ mod session;
 mod state;
 pub mod stops;
 pub mod survey;
+mod trouble;
 mod watch;
 pub(crate) mod world;
 
@@ -76,6 +77,8 @@ pub struct RunOptions {
     pub end_by: Option<Instant>,
     /// How long this owner may be silent before others call it dead; `None` = as the job's microbatches ask.
     pub lease: Option<Duration>,
+    /// How long a topic partition may give nothing before that is a fault; `None` = a minute.
+    pub stall_after: Option<Duration>,
     /// Phase trace for tests.
     pub phases: Phases,
     /// The backfill that this run is begun for; it goes on until that is done.

@@ -147,10 +147,10 @@ impl Anchor {
     }
 }
 
-/// Of 1 GiB 600 MB while all filters fit, 400 MB when they do not, and less for batches that take more than 1 M events
-/// themselves: with more it is killed at the limit.
+/// Of 1 GiB 490 MB while all filters fit, 330 MB when they do not, and less for batches that take more than 1 M events
+/// themselves: with more it is killed at the limit, at the latest after some tens of batches.
 fn cache_bytes(keys: u64, batch: u64, settings: &Settings) -> (&'static str, String) {
-    let percent = if keys < 500_000_000 { 56 } else { 38 };
+    let percent = if keys < 500_000_000 { 46 } else { 31 };
     let bytes = settings.bytes("memory") / 100 * percent;
     let of_batch = batch.saturating_sub(1_000_000) * ANCHOR_BYTES_PER_EVENT;
     ("cache-bytes", bytes.saturating_sub(of_batch).max(bytes / 4).to_string())

@@ -13,6 +13,8 @@ from typing import Any
 
 VERSION_1 = Path("/sys/fs/cgroup/memory")
 VERSION_2 = Path("/sys/fs/cgroup")
+# between two looks at a process's peak; the peak itself misses nothing but what rises after the last look
+LOOK_EVERY_SECONDS = 0.02
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Measured:
 
 
 def measured(command: list[str], limit_bytes: int | None = None) -> Measured:
-    """Runs a command that prints JSON lines. Memory is VmHWM as the kernel hands it to the parent."""
+    """Runs a command that prints JSON lines. Memory is its VmHWM: `exec` begins that anew, unlike what `wait4` hands over."""
     folder = _limited(limit_bytes) if limit_bytes else None
     prefix = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(folder)] if folder else []
     # what it prints goes to files, so that it never waits for a reader
@@ -44,6 +46,11 @@ def measured(command: list[str], limit_bytes: int | None = None) -> Measured:
         begun = time.monotonic()
         child = subprocess.Popen([*prefix, *command], stdin=subprocess.DEVNULL, stdout=printed, stderr=said_of_errors)
         try:
+            # before it is reaped a process that ended has no memory any more: the last look at it while it lives counts
+            peak_rss_bytes = 0
+            while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                peak_rss_bytes = max(peak_rss_bytes, _peak_bytes(child.pid))
+                time.sleep(LOOK_EVERY_SECONDS)
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
         finally:
@@ -56,7 +63,16 @@ def measured(command: list[str], limit_bytes: int | None = None) -> Measured:
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     said = f"cgroup of {limit_bytes} bytes" if folder else "none"
     cpu_seconds = usage.ru_utime + usage.ru_stime
-    return Measured(child.returncode, seconds, cpu_seconds, usage.ru_maxrss * 1024, said, lines, err)
+    return Measured(child.returncode, seconds, cpu_seconds, peak_rss_bytes, said, lines, err)
+
+
+def _peak_bytes(process: int) -> int:
+    """VmHWM of a process, in bytes; 0 once it ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def _limited(limit_bytes: int) -> Path | None:

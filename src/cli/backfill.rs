@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
-use indicatif::HumanCount;
+use indicatif::{HumanBytes, HumanCount};
 
 use super::terminal::{Terminal, print_json};
 use super::{JobArgs, confirm, plan, run};
@@ -184,7 +184,8 @@ fn print(plan: &Plan) {
         plan.from,
         plan.to.as_ref().map_or_else(String::new, |to| format!(" and < {to}"))
     );
-    let mut offsets = plan::table(["topic", "partition", "earliest", "read from", "to", "records at most"]);
+    let mut offsets =
+        plan::table(["topic", "partition", "earliest", "read from", "to", "records at most", "bytes about"]);
     for planned in &plan.topic_partitions {
         offsets.add_row([
             planned.topic.clone(),
@@ -193,13 +194,15 @@ fn print(plan: &Plan) {
             planned.start.to_string(),
             planned.end.to_string(),
             planned.records_at_most.to_string(),
+            HumanBytes(planned.bytes_about).to_string(),
         ]);
     }
     println!("{offsets}");
     println!(
-        "{} records at most; the broker does not tell their bytes. Those outside the range are passed over, those that \
-         stand in the table are repeats.",
-        HumanCount(plan.records_at_most)
+        "{} records at most, about {} uncompressed, as the first of each topic partition weigh. Those outside the range are \
+         passed over, those that stand in the table are repeats.",
+        HumanCount(plan.records_at_most),
+        HumanBytes(plan.bytes_about)
     );
     if plan.live_lag > 0 {
         println!("live first: {} offsets are still to be read", HumanCount(plan.live_lag));

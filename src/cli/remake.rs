@@ -20,7 +20,9 @@ pub(super) enum Remake {
         all: bool,
     },
     AdoptRows,
-    Adopt,
+    Adopt {
+        after_last_row: bool,
+    },
     Rekey,
     /// Those that a file names, or standard input as `-`.
     Forget {
@@ -52,7 +54,9 @@ pub(super) fn remake(args: &RemakeArgs, which: &Remake, json: bool) -> Result<()
         match which {
             Remake::Rebuild { all } => commands::rebuild_state(&loaded, &options, *all, heard).await,
             Remake::AdoptRows => commands::adopt_rows(&loaded, &options, &ask, heard).await,
-            Remake::Adopt => commands::adopt_ledger(&loaded, &options, &ask, heard).await,
+            Remake::Adopt { after_last_row } => {
+                commands::adopt_ledger(&loaded, &options, *after_last_row, &ask, heard).await
+            }
             Remake::Rekey => commands::rekey_state(&loaded, &options, &ask, heard).await,
             Remake::Forget { keys } => {
                 commands::forget_keys(&loaded, &options, &read(keys)?, &ask, heard).await

@@ -33,6 +33,7 @@ pub fn run(args: &RunArgs, json: bool) -> Result<(), Stop> {
         backfill: None,
         end_by: args.max_time.map(|time| Instant::now() + time),
         lease: args.lease,
+        stall_after: None,
         phases,
         interrupt: Arc::default(),
     };

@@ -1,8 +1,11 @@
 //! `tidemill savepoint`: moments of a job that can be gone back to.
 
+use std::sync::Arc;
+
 use clap::{Args, Subcommand};
 
 use super::plan::table;
+use super::terminal::Terminal;
 use super::{JobArgs, confirm, run, terminal};
 use crate::pipeline::RunOptions;
 use crate::pipeline::commands::{self, Listed, Listing, Restoration};
@@ -15,6 +18,9 @@ pub(crate) enum SavepointCommand {
     /// Sets the tag tidemill-savepoint-NAME on every table of the job. What the tag names is kept by every expiry, of this
     /// program and of other engines, and so are the files of the dedup state that belong to it. It costs what was written
     /// before and would be expired or merged away since: drop savepoints that are not needed any more.
+    ///
+    /// Beside a run in progress that run makes it, after the batch that is being committed; one that waits for records looks
+    /// for requests every half minute.
     Create(NamedArgs),
     /// Show the savepoints of a job; asks only the catalog
     List(JobArgs),
@@ -34,6 +40,8 @@ pub(crate) enum SavepointCommand {
         yes: bool,
     },
     /// Drop a savepoint; rows stay as they are
+    ///
+    /// Beside a run in progress that run does it between two batches.
     Drop {
         #[command(flatten)]
         named: NamedArgs,
@@ -83,7 +91,13 @@ impl SavepointCommand {
 
 fn create(named: &NamedArgs, json: bool) -> Result<(), Stop> {
     let (loaded, options) = (named.job.load()?, named.options());
-    let made = run::runtime()?.block_on(commands::create_savepoint(&loaded, &options, &named.name))?;
+    let mut terminal = Terminal::new(json);
+    let made = run::runtime()?.block_on(async {
+        run::listen_for_signals(Arc::clone(&options.interrupt))?;
+        commands::create_savepoint(&loaded, &options, &named.name, &mut terminal).await
+    });
+    terminal.clear();
+    let made = made?;
     if json {
         terminal::print_json(&serde_json::json!({ "event": "savepoint_created", "savepoint": made }));
         return Ok(());
@@ -200,7 +214,13 @@ fn print(restoration: &Restoration, dry_run: bool) {
 fn drop_one(named: &NamedArgs, yes: bool, json: bool) -> Result<(), Stop> {
     let (loaded, options) = (named.job.load()?, named.options());
     let ask = |question: &str| confirm(question, yes);
-    run::runtime()?.block_on(commands::drop_savepoint(&loaded, &options, &named.name, &ask))?;
+    let mut terminal = Terminal::new(json);
+    let dropped = run::runtime()?.block_on(async {
+        run::listen_for_signals(Arc::clone(&options.interrupt))?;
+        commands::drop_savepoint(&loaded, &options, &named.name, &ask, &mut terminal).await
+    });
+    terminal.clear();
+    dropped?;
     if json {
         terminal::print_json(&serde_json::json!({ "event": "savepoint_dropped", "name": named.name }));
     } else {

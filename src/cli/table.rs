@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{JobArgs, confirm, run, terminal};
+use crate::job::ORPHAN_AGE_MIN;
 use crate::pipeline::RunOptions;
 use crate::pipeline::maintain::{self, Asked, TableDone};
 use crate::stop::Stop;
@@ -20,8 +21,8 @@ pub(crate) struct ExpireArgs {
     /// So many of each branch stay whatever their age; else as the table's history.expire.min-snapshots-to-keep says
     #[arg(long, value_name = "N")]
     retain_last: Option<usize>,
-    /// Files of failed commits older than this are deleted; else as maintenance.orphans_older_than of the job says
-    #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
+    /// Files of failed commits older than this are deleted, at least 1h; else as maintenance.orphans_older_than of the job says
+    #[arg(long, value_name = "AGE", value_parser = orphan_age)]
     orphans_older_than: Option<Duration>,
     /// Show what would leave; change nothing, and ask only the catalog and the warehouse
     #[arg(long)]
@@ -32,6 +33,15 @@ pub(crate) struct ExpireArgs {
     /// Take the table over from another owner, which then ends FENCED
     #[arg(long)]
     takeover: bool,
+}
+
+/// As in a job file: what is younger may belong to a commit that is under way.
+fn orphan_age(text: &str) -> Result<Duration, String> {
+    let age = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    match age < ORPHAN_AGE_MIN {
+        true => Err("at least 1h is needed: a younger file may be in the making".to_owned()),
+        false => Ok(age),
+    }
 }
 
 /// Expires snapshots of main and side tables and deletes what nothing names any more.
@@ -73,5 +83,18 @@ fn show(tables: &[TableDone], dry_run: bool, json: bool) {
     }
     for table in tables {
         println!("{}", line(table, dry_run));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_may_be_in_the_making_is_no_orphan_as_in_a_job_file() {
+        assert_eq!(orphan_age("1h"), Ok(Duration::from_secs(3_600)));
+        for text in ["0s", "59m", "soon"] {
+            orphan_age(text).unwrap_err();
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
+use crate::counts::Counts;
 use crate::pipeline::report::{Event, LaneSummary, Report};
 use crate::stop::Stop;
 
@@ -174,7 +175,7 @@ impl Terminal {
                 buckets_lent,
             } => {
                 self.line(&format!(
-                    "batch {batch} committed{}: consumed {} written {} duplicate {} dead_letter {} late {} files {data_files} \
+                    "batch {batch} committed{}: consumed {} written {} duplicate {} dead_letter {} late {}{} files {data_files} \
                      lag {lag} watermark {} complete since {} snapshot {snapshot_id}{}{}",
                     lane.as_ref().map_or_else(String::new, |lane| {
                         format!(" for backfill {lane}, outside range {}", counts.outside_range)
@@ -184,6 +185,7 @@ impl Terminal {
                     counts.duplicate,
                     counts.dead_letter + counts.dead_letter_known,
                     counts.late,
+                    fate_of_late(counts),
                     watermark.as_deref().unwrap_or("none"),
                     complete_since.as_deref().unwrap_or("ever"),
                     if *buckets_lent > 0 { format!(" buckets read {buckets_lent}") } else { String::new() },
@@ -211,12 +213,14 @@ impl Terminal {
                 }
                 let rate = counts.consumed as f64 / summary.seconds.max(0.001);
                 self.line(&format!(
-                    "done: {} events in {} batches, {} written, {} duplicate, {} dead letters, {}/s, {} keys in {} of state, \
-                     complete since {}",
+                    "done: {} events in {} batches, {} written, {} duplicate, {} late{}, {} dead letters, {}/s, {} keys in {} of \
+                     state, complete since {}",
                     HumanCount(counts.consumed),
                     summary.batches,
                     HumanCount(counts.written),
                     HumanCount(counts.duplicate),
+                    HumanCount(counts.late),
+                    fate_of_late(counts),
                     HumanCount(counts.dead_letter + counts.dead_letter_known),
                     HumanCount(rate as u64),
                     HumanCount(summary.state_keys),
@@ -226,6 +230,16 @@ impl Terminal {
             }
         }
     }
+}
+
+/// What became of late rows that main did not get.
+fn fate_of_late(counts: &Counts) -> String {
+    let parts: Vec<String> = [(counts.late_side, "to the late table"), (counts.late_dropped, "dropped")]
+        .into_iter()
+        .filter(|(rows, _)| *rows > 0)
+        .map(|(rows, fate)| format!("{rows} {fate}"))
+        .collect();
+    if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
 }
 
 impl Report for Terminal {

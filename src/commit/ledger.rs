@@ -139,6 +139,9 @@ pub struct RequeueLane {
     pub reason: Option<String>,
     /// The last place that was taken: topic id, topic partition, offset, index.
     pub after: (Uuid, i32, i64, i32),
+    /// Largest event times of the letters that were taken, by topic id and topic partition: lateness goes on from them (R2).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub max_event_times: Vec<(Uuid, i32, EventTimeMs)>,
 }
 
 /// The table of keys that were erased on purpose and stay seen.

@@ -59,6 +59,16 @@ pub enum Ask {
         /// Its name.
         lane: String,
     },
+    /// To make a savepoint of the last commit. One that stands already stays as it is, so a second arrival changes nothing.
+    CreateSavepoint {
+        /// Its name.
+        savepoint: String,
+    },
+    /// To let go of a savepoint. One that is gone is passed over.
+    DropSavepoint {
+        /// Its name.
+        savepoint: String,
+    },
 }
 
 /// A backfill as its user approved it: offsets are resolved before it is registered.
@@ -179,6 +189,9 @@ mod tests {
             text,
             r#"{"format":1,"job_id":"00000000-0000-0000-0000-000000000001","ask":{"backfill":{"lane":"june","from_ms":10,"spans":{"sent":{"0":{"start":5,"end":9}}}}}}"#
         );
+        let create = Ask::CreateSavepoint { savepoint: "before".into() };
+        let (_, text) = request(create).to_property(Uuid::nil());
+        assert!(text.ends_with(r#""ask":{"create_savepoint":{"savepoint":"before"}}}"#), "{text}");
     }
 
     #[test]

@@ -9,7 +9,8 @@
 //! [`Store::prepare`](super::Store::prepare).
 //!
 //! Copies of a key in its bucket collapse and are counted. A key that stands in two buckets stays in both, also
-//! with `any_time`: the state is then what the tables say.
+//! with `any_time`: the state is then what the tables say. [`Builder::settle`] says on the way what the keys so far are,
+//! for one more pass over them: what comes later is told from it by the difference.
 //!
 //! Bounds, whatever the number of keys. Memory: half of it holds keys (16 bytes each, in two buffers), half serves
 //! merges, of which 1.2 MB is the least. Disk: as much again as the result takes, for the runs, until it is done.
@@ -24,6 +25,7 @@ use std::ops::ControlFlow;
 use std::panic;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use rayon::slice::ParallelSliceMut;
@@ -84,6 +86,7 @@ pub struct Builder {
     keys_added: u64,
     eras: Vec<Era>,
     complete_since: EventTimeMs,
+    stop: Arc<AtomicBool>,
 }
 
 /// A run, and the empty buffer that it was in.
@@ -141,7 +144,14 @@ impl Builder {
             keys_added: 0,
             eras: Vec::new(),
             complete_since: EventTimeMs(i64::MIN),
+            stop: Arc::default(),
         })
+    }
+
+    /// Ends the long merges with [`StoreError::Stopped`] once this flag is set.
+    pub fn stop_by(mut self, stop: Arc<AtomicBool>) -> Self {
+        self.stop = stop;
+        self
     }
 
     /// Rebuilds a state whose width changed and whose first buckets have expired, as its ledger says: with these earlier
@@ -188,6 +198,29 @@ impl Builder {
         Ok(())
     }
 
+    /// Says what the keys are that came so far; more may follow.
+    ///
+    /// # Errors
+    /// Any [`StoreError`]; the rebuild is to be begun again.
+    pub fn settle(&mut self) -> Result<RebuildReport, StoreError> {
+        self.files.state_keys = self.probed_keys();
+        self.write_run()?;
+        self.keys = self.end_run()?;
+        self.leave_runs(1)?;
+        let sections = self.runs.iter().flat_map(|run| &run.sections);
+        let buckets: BTreeMap<Bucket, Tally> =
+            sections.map(|section| (section.bucket, section.tally)).collect();
+        Ok(self.report(&buckets))
+    }
+
+    /// The keys that were added, as they were written.
+    fn report(&self, written: &BTreeMap<Bucket, Tally>) -> RebuildReport {
+        let buckets: Vec<BucketTally> =
+            written.iter().map(|(bucket, tally)| BucketTally::new(*bucket, *tally)).collect();
+        let keys = buckets.iter().map(|bucket| bucket.keys).sum();
+        RebuildReport { keys, repeats: self.keys_added - keys, buckets }
+    }
+
     /// Writes the generation, durably. It becomes the state when a commit names it.
     ///
     /// # Errors
@@ -198,8 +231,9 @@ impl Builder {
         manifest.floor = self.grid.map(|grid| grid.floor());
         manifest.eras.clone_from(&self.eras);
         manifest.complete_since = self.complete_since;
-        let tallies = self.write_segment(name, &mut manifest)?;
-        manifest.buckets = tallies.iter().map(|(bucket, tally)| BucketTally::new(*bucket, *tally)).collect();
+        let written = self.write_segment(name, &mut manifest)?;
+        let report = self.report(&written);
+        manifest.buckets.clone_from(&report.buckets);
         if manifest.buckets.len() > BUCKETS_MAX {
             return Err(StoreError::TooManyBuckets { buckets_max: BUCKETS_MAX });
         }
@@ -208,9 +242,7 @@ impl Builder {
         crate::crash_point!("rebuilt_manifest_durable");
         disk::sync_folder(&self.files.folder)?;
         crate::crash_point!("rebuilt_generation_durable");
-        let keys = manifest.buckets.iter().map(|bucket| bucket.keys).sum();
-        let repeats = self.keys_added - keys;
-        Ok((reference, RebuildReport { keys, repeats, buckets: manifest.buckets }))
+        Ok((reference, report))
     }
 
     /// Keys that a probe will be looked for among, if buckets are about equal.
@@ -277,8 +309,11 @@ impl Builder {
     fn merge(&self, inputs: &[Arc<Segment>], writer: &mut SegmentWriter) -> Result<Merged, StoreError> {
         let share = (self.merge_memory / inputs.len()).saturating_sub(INPUT_BYTES_MAX);
         let read_bytes_max = share.clamp(PAGE_BYTES, TRANSFER_BYTES_MAX as usize);
-        let merged = merge(inputs, None, writer, read_bytes_max, &mut |_| ControlFlow::Continue(()))?;
-        Ok(merged.expect("nothing stops the merge of a rebuild"))
+        let mut pace = |_| match self.stop.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        };
+        merge(inputs, None, writer, read_bytes_max, &mut pace)?.ok_or(StoreError::Stopped)
     }
 
     /// Hands the keys in memory to a thread that makes a run of them, once the run before is written.

@@ -252,6 +252,32 @@ fn a_builder_with_tiny_memory_makes_the_state_that_the_store_made() {
 }
 
 #[test]
+fn a_builder_says_on_the_way_what_came_so_far() {
+    let folder = tempfile::tempdir().unwrap();
+    let floor = Some(EventTimeMs(1_000 * HOUR_MS));
+    let created = |path: &Path| Builder::create(path, spec(Repeats::AnyTime), STORE_MEMORY_BYTES_MIN, floor);
+    let alone = |rows: &[Key]| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut builder = created(folder.path()).unwrap();
+        builder.add(rows).unwrap();
+        builder.finish(name(2, 5)).unwrap().1
+    };
+    let (mut first, later, all) = (keys(0, 105_000), keys(90_000, 120_000), keys(0, 120_000));
+    first.extend(keys(0, 1_000));
+    for pieces in [first.chunks(999), first.chunks(200_000)] {
+        let mut builder = created(folder.path()).unwrap();
+        assert_eq!(builder.settle().unwrap().keys, 0);
+        pieces.for_each(|piece| builder.add(piece).unwrap());
+        assert_eq!(builder.settle().unwrap(), alone(&first));
+        later.chunks(777).for_each(|piece| builder.add(piece).unwrap());
+        let (reference, report) = builder.finish(name(2, 5)).unwrap();
+        assert_eq!((report.keys, report.repeats), (120_000, 16_000));
+        assert_eq!(report.buckets, alone(&all).buckets);
+        assert_eq!(verify(folder.path(), &reference).unwrap().keys, 120_000);
+    }
+}
+
+#[test]
 fn a_rebuild_of_empty_tables_is_an_empty_state() {
     let folder = tempfile::tempdir().unwrap();
     let builder = Builder::create(folder.path(), spec(Repeats::AnyTime), 0, None).unwrap();

@@ -23,6 +23,8 @@ use crate::sink::durable::local_path;
 pub struct Found {
     /// Its location, as it begins in the table's metadata.
     pub path: String,
+    /// Its length.
+    pub bytes: u64,
     /// When the storage says it was written, ms since the epoch.
     pub modified_ms: i64,
 }
@@ -63,13 +65,13 @@ fn list_local(path: &Path, folder: &str, deep: bool, take: &mut dyn FnMut(Found)
             if kind.is_dir() && deep {
                 open.push((entry.path(), below));
             } else if kind.is_file() {
-                let modified = match entry.metadata().and_then(|metadata| metadata.modified()) {
+                let metadata = match entry.metadata() {
                     // Deleted since the folder was read.
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                    modified => modified?,
+                    metadata => metadata?,
                 };
-                let modified_ms = chrono::DateTime::<chrono::Utc>::from(modified).timestamp_millis();
-                take(Found { path: below, modified_ms });
+                let modified = chrono::DateTime::<chrono::Utc>::from(metadata.modified()?);
+                take(Found { path: below, bytes: metadata.len(), modified_ms: modified.timestamp_millis() });
             }
         }
     }
@@ -97,7 +99,8 @@ async fn list_s3(
         let metadata = entry.metadata();
         if let (true, Some(modified)) = (metadata.is_file(), metadata.last_modified()) {
             let path = format!("{scheme}://{bucket}/{}", entry.path().trim_start_matches('/'));
-            take(Found { path, modified_ms: modified.into_inner().as_millisecond() });
+            let modified_ms = modified.into_inner().as_millisecond();
+            take(Found { path, bytes: metadata.content_length(), modified_ms });
         }
     }
     Ok(())

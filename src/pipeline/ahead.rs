@@ -56,19 +56,30 @@ impl Run<'_, '_> {
         let (sent, ahead) = tokio::task::block_in_place(|| {
             thread::scope(|scope| {
                 let reading = scope.spawn(|| read(reader, decoder, slots, limits, &is_sent));
+                let answered = SetAtEnd(&is_sent);
                 let sent = runtime.block_on(owner.commit(next, files));
-                is_sent.store(true, Ordering::Relaxed);
+                drop(answered);
                 (sent, reading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             })
         });
         let sends = sent?;
-        self.session.ahead = ahead?;
+        // This microbatch landed, so what can not be decoded is a matter of the next one.
+        self.session.ahead = ahead.transpose();
         Ok(sends)
     }
 }
 
+/// Ends the reading beside a commit also where that panics: the scope waits for it.
+struct SetAtEnd<'f>(&'f AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Reads until the chunk is full or the commit was answered. What a reader fails with it fails with again when the
-/// microbatch is read, where it is dealt with; what it gave before is good.
+/// microbatch is read (an invariant of [`Reader`]), where it is dealt with; what it gave before is good.
 fn read(
     reader: &mut Reader,
     decoder: &mut Decoder,

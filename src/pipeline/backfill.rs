@@ -12,6 +12,7 @@
 //! microbatch moves the lane's cursors. A crash anywhere leaves a lane that the next owner goes on with.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -21,15 +22,24 @@ use super::report::{Event, LaneSummary, Report, Summary};
 use super::requests::{self, Granted, Posted, grant, topics_of};
 use super::session::{Session, reader_options};
 use super::survey::Survey;
+use super::trouble::{BACKFILL_STALL_AFTER, is_of_lane};
 use super::{RunOptions, Wish, plan_memory, stops};
 use crate::commit::ledger::{Change, Lane, LaneState, LedgerRecord};
 use crate::commit::request::{Ask, NewLane, Span};
 use crate::event_time::EventTimeMs;
 use crate::job::StartPosition;
 use crate::job::file::LoadedJob;
-use crate::offset::TopicPartition;
-use crate::source::ReaderOptions;
+use crate::offset::{NextOffset, TopicPartition};
+use crate::record::{Record, RecordChunk};
+use crate::source::{Connection, ReadLimits, ReadPlan, Reader, ReaderOptions, SourceError};
 use crate::stop::{Reason, Stop};
+
+/// Records that are read to learn what one weighs, shared by all topic partitions; at least one of each.
+const SAMPLE_RECORDS: i64 = 2_000;
+/// Most bytes of them.
+const SAMPLE_BYTES_MAX: usize = 8 << 20;
+/// Longest time for it; what was read by then tells.
+const SAMPLE_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// What a person asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +69,8 @@ pub struct Plan {
     pub topic_partitions: Vec<PlannedPartition>,
     /// Records at most, of all.
     pub records_at_most: u64,
+    /// Bytes of keys, payloads and headers of them, about.
+    pub bytes_about: u64,
     /// Offsets that the live lane has still to read, which is done first.
     pub live_lag: u64,
     /// Event times before this are looked up in the table, RFC 3339; none = the dedup state knows all.
@@ -83,6 +95,8 @@ pub struct PlannedPartition {
     pub end: i64,
     /// Records at most: control records and gaps count, and so do records outside the range.
     pub records_at_most: u64,
+    /// Bytes of keys, payloads and headers of so many records as its first ones are, uncompressed. No broker tells it.
+    pub bytes_about: u64,
 }
 
 fn shown(time_ms: i64) -> String {
@@ -112,8 +126,10 @@ pub async fn resolve(loaded: &LoadedJob, asked: &Asked) -> Result<Plan, Stop> {
             start: span.start.get(),
             end: span.end.get(),
             records_at_most: u64::try_from(span.end.get() - span.start.get()).unwrap_or(0),
+            bytes_about: 0,
         });
     }
+    weigh(&survey.connection, &mut topic_partitions).map_err(stops::source)?;
     let (lane, from_ms, to_ms) = (asked.lane.clone(), asked.from_ms, asked.to_ms);
     let new_lane = NewLane { lane, from_ms, to_ms, spans };
     let record = survey.record();
@@ -134,11 +150,55 @@ pub async fn resolve(loaded: &LoadedJob, asked: &Asked) -> Result<Plan, Stop> {
         to: asked.to_ms.map(shown),
         table: survey.main_ident.to_string(),
         records_at_most: topic_partitions.iter().map(|planned| planned.records_at_most).sum(),
+        bytes_about: topic_partitions.iter().map(|planned| planned.bytes_about).sum(),
         topic_partitions,
         live_lag: survey.offsets.iter().map(lag).sum(),
         complete_since: record.and_then(|record| record.dedup.complete_since).map(|time| time.to_string()),
         new_lane,
     })
+}
+
+/// Reads the first records of each topic partition and fills in what all of them weigh if they are alike. One of which
+/// nothing was read is taken to be like the others.
+fn weigh(connection: &Connection, planned: &mut [PlannedPartition]) -> Result<(), SourceError> {
+    let to_read = || planned.iter().filter(|planned| planned.records_at_most > 0);
+    let each = (SAMPLE_RECORDS / i64::try_from(to_read().count().max(1)).unwrap_or(i64::MAX)).max(1);
+    let plan = |planned: &PlannedPartition| ReadPlan {
+        topic_partition: TopicPartition { topic: planned.topic.clone(), partition: planned.partition },
+        start: NextOffset::at(planned.start),
+        end: NextOffset::at(planned.end.min(planned.start.saturating_add(each))),
+        low: NextOffset::at(planned.low),
+        tail: None,
+    };
+    let mut reader = Reader::assign(connection, to_read().map(plan).collect(), ReaderOptions::default())?;
+    let deadline = Instant::now() + SAMPLE_TIME_MAX;
+    let limits = ReadLimits { records_max: usize::MAX, bytes_max: SAMPLE_BYTES_MAX, deadline };
+    let mut chunk = RecordChunk::default();
+    reader.read(&mut chunk, limits)?;
+    let mut samples: Vec<(u64, u64)> = vec![(0, 0); reader.topic_partitions().len()];
+    for record in chunk.iter() {
+        let (records, bytes) = &mut samples[record.slot() as usize];
+        *records += 1;
+        *bytes += weight(&record);
+    }
+    let all = samples.iter().fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+    let by_name: BTreeMap<TopicPartition, (u64, u64)> =
+        reader.topic_partitions().cloned().zip(samples.iter().copied()).collect();
+    for planned in planned.iter_mut() {
+        let name = TopicPartition { topic: planned.topic.clone(), partition: planned.partition };
+        let own = by_name.get(&name).copied().filter(|(records, _)| *records > 0);
+        let (records, bytes) = own.unwrap_or(all);
+        let weighed = u128::from(planned.records_at_most) * u128::from(bytes) / u128::from(records.max(1));
+        planned.bytes_about = u64::try_from(weighed).unwrap_or(u64::MAX);
+    }
+    Ok(())
+}
+
+fn weight(record: &Record<'_>) -> u64 {
+    let headers =
+        record.headers().map(|(name, value)| name.len() + value.map_or(0, <[u8]>::len)).sum::<usize>();
+    let parts = [record.key(), record.payload()].map(|bytes| bytes.map_or(0, <[u8]>::len));
+    (parts.iter().sum::<usize>() + headers) as u64
 }
 
 fn refused(why: String) -> Stop {
@@ -251,6 +311,11 @@ async fn watch(
     }
 }
 
+/// The command with which a backfill goes on.
+pub(super) fn resume_command(job_shown: &str, lane: &str) -> String {
+    format!("tidemill backfill {job_shown} --resume {lane}")
+}
+
 /// A stop of a backfill says how that goes on.
 fn resumable(stop: Stop, wish: &Wish) -> Stop {
     let way_out = match stop.reason {
@@ -298,6 +363,9 @@ impl Session<'_> {
         live_has_more: Option<bool>,
         report: &mut dyn Report,
     ) -> Result<bool, Stop> {
+        if let Some((lane, stop)) = self.lanes.to_pause.take() {
+            self.pause(&lane, &Blocked::Stopped(stop), report).await?;
+        }
         self.lanes.close_idle(&self.owner.record);
         self.lanes.serve_live();
         if self.ahead.is_some() {
@@ -316,13 +384,14 @@ impl Session<'_> {
                     self.lanes.serve_live();
                     return Ok(true);
                 }
-                Turn::Backfill(lane) if self.lanes.serve_open(&lane) => return Ok(true),
-                Turn::Backfill(lane) => match self.open_backfill(&lane)? {
+                Turn::Backfill(lane) if self.lanes.serve_open(&lane, record) => return Ok(true),
+                Turn::Backfill(lane) => match self.open_backfill(&lane, report)? {
                     Ok(reader) => {
                         self.lanes.serve(reader);
                         report.event(&Event::Backfill(lane_summary(&lane, &self.owner.record.lanes[&lane])));
                         return Ok(true);
                     }
+                    Err(Blocked::Rests) => {}
                     Err(blocked) => self.pause(&lane, &blocked, report).await?,
                 },
             }
@@ -343,7 +412,11 @@ impl Session<'_> {
         self.lanes.extend_live(&held).map_err(stops::source)
     }
 
-    fn open_backfill(&mut self, lane: &str) -> Result<Result<LaneReader, Blocked>, Stop> {
+    fn open_backfill(
+        &mut self,
+        lane: &str,
+        report: &mut dyn Report,
+    ) -> Result<Result<LaneReader, Blocked>, Stop> {
         let job = &self.owner.world.loaded.job;
         let record = &self.owner.record;
         let cursors = record.lanes.get(lane).into_iter().flat_map(Lane::cursors);
@@ -358,9 +431,23 @@ impl Session<'_> {
             Err(blocked) => return Ok(Err(blocked)),
         };
         self.lanes.make_room().map_err(stops::source)?;
-        let reading = ReaderOptions { queue_parts: READERS_MAX, ..reader_options(job) };
-        let opened = LaneReader::open(&self.connection, Some(record), lane, plans, reading, &job.event_time);
-        opened.map(Ok).map_err(stops::source)
+        let mut reading = ReaderOptions { queue_parts: READERS_MAX, ..reader_options(job, self.options) };
+        if self.options.continuous {
+            reading.stall_after = reading.stall_after.min(BACKFILL_STALL_AFTER);
+        }
+        match LaneReader::open(&self.connection, Some(record), lane, plans, reading, &job.event_time) {
+            Ok(reader) => Ok(Ok(reader)),
+            Err(error) if is_of_lane(error.reason()) => {
+                Ok(Err(Blocked::Stopped(self.backfill_unread(lane, error))))
+            }
+            Err(error)
+                if error.reason() == Reason::SourceAway && self.lanes.goal.as_deref() != Some(lane) =>
+            {
+                self.rest(lane, &error, report);
+                Ok(Err(Blocked::Rests))
+            }
+            Err(error) => Err(stops::source(error)),
+        }
     }
 
     async fn pause(&mut self, lane: &str, blocked: &Blocked, report: &mut dyn Report) -> Result<(), Stop> {
@@ -370,17 +457,28 @@ impl Session<'_> {
                 let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
                 format!("the broker no longer holds what it was to read: {}", ranges.join(", "))
             }
+            Blocked::Stopped(stop) => stop.what.clone(),
+            Blocked::Rests => return Ok(()),
         };
         let what = format!("backfill {lane} is paused: {why}");
         let mut next: LedgerRecord = self.owner.record.clone();
         if let Some(backfill) = next.lanes.get_mut(lane).and_then(|lane| lane.backfill.as_mut()) {
             backfill.state = LaneState::Paused;
         }
-        let change = Change { by: "run".to_owned(), what: what.clone() };
+        // Examples that a stop shows line by line are not for the ledger.
+        let first_line = what.lines().next().unwrap_or_default().to_owned();
+        let change = Change { by: "run".to_owned(), what: first_line };
         commit_change(&mut self.owner, next, change, false).await?;
-        report.event(&Event::Notice { text: what.clone() });
+        let text = match blocked {
+            Blocked::Stopped(stop) => format!("{what}\n{}", stop.way_out),
+            _ => what.clone(),
+        };
+        report.event(&Event::Notice { text });
         if self.lanes.goal.as_deref() != Some(lane) {
             return Ok(());
+        }
+        if let Blocked::Stopped(stop) = blocked {
+            return Err(Stop::new(stop.reason, what, stop.way_out.clone()));
         }
         Err(Stop::new(
             if matches!(blocked, Blocked::Lost(_)) { Reason::OffsetsLost } else { Reason::Usage },

@@ -4,7 +4,8 @@
 //! the lease with a fence, does its work, and ends with one commit of kind change that says who asked for it and what it
 //! did. A crash before that commit leaves the ledger as the fence found it, and the command may be given again.
 //!
-//! Beside a run in progress they end BUSY: the run is to end first.
+//! Beside a run in progress they end BUSY: the run is to end first. A savepoint is made and dropped by the owner that there
+//! is, on request.
 
 mod adopt;
 mod forget;
@@ -23,7 +24,7 @@ pub use savepoint::{
 };
 pub use watermark::set_watermark;
 
-pub(super) use savepoint::back_to;
+pub(super) use savepoint::{back_to, create_asked, drop_asked};
 
 use std::collections::BTreeMap;
 use std::time::Instant;

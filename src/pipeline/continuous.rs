@@ -66,7 +66,12 @@ pub(super) async fn run(
     let mut chain = Chain::default();
     loop {
         let stop = match live(loaded, options, report, &mut chain).await {
-            Ok(Ended::TopicsChanged) => continue,
+            // The start judges it. Where it finds nothing wrong, what was seen may last, and each life is a commit.
+            Ok(Ended::TopicsChanged) => {
+                pause(chain.failures, options).await;
+                chain.failures += 1;
+                continue;
+            }
             Ok(Ended::Asked(_)) if options.interrupted() => return Err(stops::interrupted()),
             Ok(Ended::Asked(summary)) => {
                 let summary = Summary { seconds: begun.elapsed().as_secs_f64(), ..*summary };
@@ -93,16 +98,14 @@ pub(super) async fn run(
 
 /// Whether a run that goes on for ever waits for this to pass by itself.
 fn passes(reason: Reason) -> bool {
-    match reason {
+    matches!(
+        reason,
         Reason::SourceAway
-        | Reason::CatalogAway
-        | Reason::StorageFailed
-        | Reason::OutcomeUnknown
-        | Reason::TableChanged => true,
-        // Another owner does the work, or a signal came: both are asked for.
-        Reason::Busy | Reason::Interrupted => false,
-        _ => false,
-    }
+            | Reason::CatalogAway
+            | Reason::StorageFailed
+            | Reason::OutcomeUnknown
+            | Reason::TableChanged
+    )
 }
 
 /// Another owner has the table that this process had when something went away.
@@ -190,7 +193,7 @@ impl Endless for Run<'_, '_> {
                 return Ok(Turn::Microbatch);
             }
             // A backfill does not wait for live, which is looked at first.
-            let has_backfills = self.session.owner.record.active_backfills().next().is_some();
+            let has_backfills = self.session.lanes.has_backfills(&self.session.owner.record);
             let wait = if has_backfills { Duration::ZERO } else { READ_TURN_MAX };
             let live = &mut self.session.lanes.live_mut().reader;
             match live.await_record(Instant::now() + wait) {

@@ -23,7 +23,7 @@
 //! Bounds: one part ([`PART_BYTES_MIN`], more only above 45 GB) in memory in either direction; `copy_rate` bytes a second;
 //! one open file for each segment that is to be copied; [`CANDIDATES_MAX`] copies are tried by a start.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -39,7 +39,7 @@ use uuid::Uuid;
 
 use super::keys::KeyMaker;
 use super::owner::Owner;
-use super::rebuild::{commit_change, ours, read_keys, store_spec, tallies, total};
+use super::rebuild::{commit_change, ours, read_keys, renewing, store_spec, tallies, total};
 use super::report::{Event, Report};
 use super::session::Session;
 use super::state::facts;
@@ -129,13 +129,13 @@ impl Place {
         format!("{}/{file_name}", self.folder)
     }
 
-    /// Files of the state in it.
-    async fn list(&self) -> Result<BTreeSet<String>, CopyError> {
-        let mut found = BTreeSet::new();
+    /// Files of the state in it, and their bytes.
+    async fn list(&self) -> Result<BTreeMap<String, u64>, CopyError> {
+        let mut found = BTreeMap::new();
         let take = |file: crate::maintenance::Found| {
             let name = file.path.rsplit('/').next().unwrap_or_default();
             if dedup::generation_of_file(name).is_some() {
-                found.insert(name.to_owned());
+                found.insert(name.to_owned(), file.bytes);
             }
         };
         let listed = list(&self.file_io, &self.folder, false, take).await;
@@ -278,6 +278,14 @@ pub(super) struct Copier {
     to: String,
 }
 
+/// A life that ends by an outage takes its copier with it: the next one has its own. What was begun is a file that no
+/// manifest of the copy names.
+impl Drop for Copier {
+    fn drop(&mut self) {
+        self.work.abort();
+    }
+}
+
 impl Copier {
     fn start(place: Place, folder: PathBuf, bytes_per_second: u64) -> Self {
         let (orders, receiver) = watch::channel(None);
@@ -299,18 +307,22 @@ impl Copier {
     }
 
     /// Waits for the copy that was ordered last, unless the run is interrupted; says what was done.
-    async fn finish(self, is_interrupted: impl Fn() -> bool) -> String {
-        let Self { orders, mut work, to } = self;
-        drop(orders);
+    async fn finish(mut self, is_interrupted: impl Fn() -> bool) -> String {
+        // Ends the task once it has done what was ordered last.
+        self.orders = watch::channel(None).0;
         loop {
             tokio::select! {
-                copied = &mut work => return copied.expect("copying does not panic").in_words(&to),
+                copied = &mut self.work => return match copied {
+                    Ok(copied) => copied.in_words(&self.to),
+                    // Every microbatch is committed: a copy that fell is no reason to say otherwise.
+                    Err(error) => format!("the dedup state was not copied to {}: {error}; please report this", self.to),
+                },
                 () = tokio::time::sleep(FINISH_LOOK_INTERVAL) => {}
             }
             if is_interrupted() {
-                work.abort();
                 return format!(
-                    "the copy of the dedup state to {to} was interrupted; a later run goes on with it"
+                    "the copy of the dedup state to {} was interrupted; a later run goes on with it",
+                    self.to
                 );
             }
         }
@@ -336,8 +348,8 @@ struct Work {
     place: Place,
     folder: PathBuf,
     bytes_per_second: u64,
-    /// Files of the copy; `None` before it was listed.
-    present: Option<BTreeSet<String>>,
+    /// Files of the copy and their bytes; `None` before it was listed.
+    present: Option<BTreeMap<String, u64>>,
     /// The generation that was copied before the last one: a start may be reading it.
     previous: Option<GenerationRef>,
     copied: Copied,
@@ -379,15 +391,16 @@ impl Work {
     async fn copy(&mut self, generation: &GenerationRef) -> Result<(), CopyError> {
         let manifest = generation.name.manifest_file();
         let present = self.present.get_or_insert_default();
-        if present.contains(&manifest) {
+        let text =
+            fs::read(self.folder.join(&manifest)).map_err(of_disk(format!("{manifest} can not be read")))?;
+        // A file that a crash cut short is not there: a folder shows it while it is written.
+        if present.get(&manifest) == Some(&(text.len() as u64)) {
             return Ok(());
         }
         let lacking: Vec<(String, u64)> = dedup::segments_of(&self.folder, generation)?
             .into_iter()
-            .filter(|(name, _)| !present.contains(name))
+            .filter(|(name, bytes)| present.get(name) != Some(bytes))
             .collect();
-        let text =
-            fs::read(self.folder.join(&manifest)).map_err(of_disk(format!("{manifest} can not be read")))?;
         // Opened before the first is read: what the sweep deletes meanwhile can still be read.
         let mut files = Vec::with_capacity(lacking.len());
         for (name, bytes) in lacking {
@@ -399,14 +412,15 @@ impl Work {
         for (name, bytes, file) in files {
             self.place.upload(&name, file, bytes, &mut pace).await?;
             crate::crash_point!("copy_segment_written");
-            present.insert(name);
+            present.insert(name, bytes);
             self.copied.files += 1;
             self.copied.bytes += bytes;
         }
-        self.copied.bytes += text.len() as u64;
+        let bytes = text.len() as u64;
+        self.copied.bytes += bytes;
         self.place.write(&manifest, text).await?;
         crate::crash_point!("copy_manifest_written");
-        present.insert(manifest);
+        present.insert(manifest, bytes);
         self.copied.files += 1;
         Ok(())
     }
@@ -417,7 +431,7 @@ impl Work {
         let mut needed = BTreeSet::new();
         for kept in [&order.named].into_iter().chain(&self.previous).chain(&order.pinned) {
             let manifest = kept.name.manifest_file();
-            if present.contains(&manifest) {
+            if present.contains_key(&manifest) {
                 let text = self.place.read(&manifest).await?;
                 let segments = dedup::segments_in(text, &manifest)?;
                 needed.extend(segments.into_iter().map(|(name, _)| name));
@@ -427,7 +441,7 @@ impl Work {
         let epoch = order.named.name.epoch;
         let is_ours = |name: &String| dedup::generation_of_file(name).is_some_and(|made| made.epoch <= epoch);
         let mut gone: Vec<String> =
-            present.into_iter().filter(|name| !needed.contains(name) && is_ours(name)).collect();
+            present.into_keys().filter(|name| !needed.contains(name) && is_ours(name)).collect();
         // Manifests first, so that what is left of a copy is never taken for one.
         gone.sort_by_key(|name| name.ends_with(".segment"));
         for name in gone {
@@ -489,7 +503,7 @@ pub(super) async fn from_copy(
     };
     let begun = Instant::now();
     let fetched = match Place::of(job, copies, record.job_id, owner.main.file_io()) {
-        Ok(place) => fetch(&place, &folder, &record, &wanted).await,
+        Ok(place) => renewing(owner, fetch(&place, &folder, &record, &wanted)).await?,
         Err(error) => Err(error),
     };
     let (text, named) = match fetched {
@@ -529,7 +543,7 @@ async fn fetch(
     let present = place.list().await?;
     let is_manifest = |name: &String, made: &GenerationName| *name == made.manifest_file();
     let mut candidates: Vec<GenerationName> = present
-        .iter()
+        .keys()
         .filter_map(|name| dedup::generation_of_file(name).filter(|made| is_manifest(name, made)))
         .filter(|made| *made == wanted.name || made.batch < record.batch)
         .collect();

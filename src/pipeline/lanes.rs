@@ -11,6 +11,8 @@
 //! 1. A lane's reader begins at the ledger's cursor of that lane, and its tail is compared first, as the live lane's.
 //! 2. Serving a backfill moves no other lane's cursor.
 //!
+//! What becomes of a lane that gives nothing, or can not be read on, stands in `trouble`.
+//!
 //! Bounds: two readers, the live one and one more. They halve the client's share of the memory from the moment that the
 //! second one is opened.
 
@@ -27,6 +29,7 @@ use crate::source::{
     Connection, LostRange, OffsetRange, ReadPlan, Reader, ReaderOptions, STALL_AFTER_DEFAULT, SourceError,
     Tail, check_ranges,
 };
+use crate::stop::Stop;
 
 /// Live microbatches in a row after which a backfill gets its turn.
 const LIVE_STREAK_MAX: u32 = 4;
@@ -103,6 +106,14 @@ impl LaneReader {
         })
     }
 
+    /// Whether it reads the backfill of its name as the ledger has it: the same range, from the same cursors. One that was
+    /// dropped and registered anew is another.
+    fn is_of(&self, record: &LedgerRecord) -> bool {
+        let known = record.lanes.get(&self.lane).and_then(|lane| lane.backfill.as_ref());
+        let span = |range: &Backfill| (range.from_ms, range.to_ms, range.ends.clone());
+        known.map(span) == self.range.as_ref().map(span) && !self.trails(record)
+    }
+
     /// Reads other topic partitions from now on, or more.
     pub(super) fn reassign(
         &mut self,
@@ -145,6 +156,10 @@ pub(super) enum Blocked {
     Lost(Vec<LostRange>),
     /// The job does not read this topic any more.
     NoTopic(String),
+    /// It can not be read on, and how it would.
+    Stopped(Stop),
+    /// It gives nothing now.
+    Rests,
 }
 
 /// What is read of a backfill: from the ledger's cursors to its frozen ends.
@@ -222,10 +237,16 @@ pub(super) struct Lanes {
     served: BTreeMap<String, u64>,
     /// The backfill that this life was begun for.
     pub(super) goal: Option<String>,
+    /// Backfills that gave nothing, and since when they are left alone.
+    pub(super) resting: BTreeMap<String, Instant>,
+    /// The backfill that can not be read on, and why; it is paused before the next turn.
+    pub(super) to_pause: Option<(String, Stop)>,
+    /// What a drain ends with now that everything it could read is committed.
+    pub(super) ends_with: Option<Stop>,
     /// When live's ends were asked for last.
     live_asked_at: Instant,
     /// Whether this life has no end.
-    is_endless: bool,
+    pub(super) is_endless: bool,
 }
 
 impl Lanes {
@@ -237,6 +258,9 @@ impl Lanes {
             live_streak: 0,
             served: BTreeMap::new(),
             goal: None,
+            resting: BTreeMap::new(),
+            to_pause: None,
+            ends_with: None,
             live_asked_at: Instant::now(),
             is_endless,
         }
@@ -271,16 +295,21 @@ impl Lanes {
         self.serves_backfill = false;
     }
 
-    /// Serves a backfill whose reader stands where the ledger does, if it is the one that is open.
-    pub(super) fn serve_open(&mut self, lane: &str) -> bool {
-        self.serves_backfill = self.backfill.as_ref().is_some_and(|reader| reader.lane == lane);
+    /// Serves a backfill if the reader that is open is its own and stands where the ledger does.
+    pub(super) fn serve_open(&mut self, lane: &str, record: &LedgerRecord) -> bool {
+        let is_it = |reader: &LaneReader| reader.lane == lane && reader.is_of(record);
+        self.serves_backfill = self.backfill.as_ref().is_some_and(is_it);
         self.serves_backfill
+    }
+
+    pub(super) fn close_backfill(&mut self) {
+        self.backfill = None;
+        self.serves_backfill = false;
     }
 
     /// Makes room for another reader: lets the open backfill go, and the live one give up half of its queue.
     pub(super) fn make_room(&mut self) -> Result<(), SourceError> {
-        self.backfill = None;
-        self.serves_backfill = false;
+        self.close_backfill();
         self.live.reader.divide_queue(READERS_MAX)
     }
 
@@ -297,6 +326,9 @@ impl Lanes {
         }
         self.live_streak = 0;
         let lane = self.served().lane.clone();
+        if !self.is_resting(&lane) {
+            self.resting.remove(&lane);
+        }
         *self.served.entry(lane).or_default() += 1;
         self.close_idle(record);
     }
@@ -305,9 +337,13 @@ impl Lanes {
     pub(super) fn close_idle(&mut self, record: &LedgerRecord) {
         let is_active = |reader: &LaneReader| record.active_backfills().any(|name| *name == reader.lane);
         if self.backfill.as_ref().is_some_and(|reader| !is_active(reader)) {
-            self.backfill = None;
-            self.serves_backfill = false;
+            self.close_backfill();
         }
+    }
+
+    /// Whether some backfill is to be served.
+    pub(super) fn has_backfills(&self, record: &LedgerRecord) -> bool {
+        record.active_backfills().any(|name| !self.is_resting(name))
     }
 
     /// Whether the backfill that this life was begun for still is to be served.
@@ -321,7 +357,7 @@ impl Lanes {
         Standing {
             live_has_more,
             live_streak: self.live_streak,
-            backfills: record.active_backfills().map(served).collect(),
+            backfills: record.active_backfills().filter(|name| !self.is_resting(name)).map(served).collect(),
             goes_on: self.is_endless || self.has_goal(record),
             live_streak_max: if self.is_endless { ENDLESS_STREAK_MAX } else { LIVE_STREAK_MAX },
         }

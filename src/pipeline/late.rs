@@ -37,6 +37,8 @@ pub(super) enum Fate {
 #[derive(Debug)]
 pub(super) struct Judged {
     pub(super) fates: Vec<Fate>,
+    /// Rows that the job drops because they are late.
+    pub(super) dropped: Vec<usize>,
     /// The watermark behind which a row is late, of those that are.
     watermarks: Vec<Option<EventTimeMs>>,
 }
@@ -44,12 +46,15 @@ pub(super) struct Judged {
 impl Judged {
     /// So many rows, none of which goes anywhere yet.
     pub(super) fn of_none(rows: usize) -> Self {
-        Self { fates: vec![Fate::Nowhere; rows], watermarks: vec![None; rows] }
+        Self { fates: vec![Fate::Nowhere; rows], dropped: Vec::new(), watermarks: vec![None; rows] }
     }
 
     /// A row is late behind this watermark.
     pub(super) fn late(&mut self, row: usize, watermark: EventTimeMs, policy: LatePolicy) {
         self.watermarks[row] = Some(watermark);
+        if policy == LatePolicy::Drop {
+            self.dropped.push(row);
+        }
         self.fates[row] = match policy {
             LatePolicy::Keep => Fate::Main,
             LatePolicy::Side => mutant!("late-rows-to-main", Fate::Main => Fate::Late),
@@ -134,6 +139,7 @@ mod tests {
             let mut judged = Judged::of_none(1);
             judged.late(0, EventTimeMs(7), policy);
             assert_eq!(judged.fates, [fate]);
+            assert_eq!(judged.dropped.is_empty(), policy != LatePolicy::Drop);
         }
     }
 }

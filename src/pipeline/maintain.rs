@@ -31,6 +31,7 @@ use crate::maintenance::{
     self, Done, Keep, MaintenanceError, Orphans, Pass, PropertyError, Rules, SNAPSHOTS_EXPIRED_MAX, SUMMARY,
     retention::Ours,
 };
+use crate::protocol::stops::chain;
 use crate::protocol::{GENERATIONS_KEPT, World};
 use crate::sink::schema;
 use crate::stop::{Reason, Stop};
@@ -54,8 +55,8 @@ pub struct Asked {
 }
 
 /// One table of the job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Which {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Which {
     Main,
     Side(Role),
 }
@@ -90,16 +91,21 @@ impl Session<'_> {
     /// Before a microbatch is begun: maintains the tables that took their number of commits.
     pub(super) async fn maintain_if_due(&mut self, report: &mut dyn Report) -> Result<(), Stop> {
         let rule = &self.owner.world.loaded.job.sink.maintenance;
-        let (every, batch) = (u64::from(rule.every_commits), self.owner.record.batch);
-        if every == 0 || batch < self.maintain_from_batch {
+        // Commits, not batches: renewals at rest leave snapshots too.
+        let every = u64::from(rule.every_commits);
+        if every == 0 {
             return Ok(());
         }
         for which in tables_of(&self.owner) {
+            let commits = self.owner.record.sequence;
+            if self.maintain_from_sequence.get(&which).is_some_and(|from| commits < *from) {
+                continue;
+            }
             if (commits_since(table_of(&self.owner, which).metadata()) as u64) < every {
                 continue;
             }
             // Also where nothing is to be done, which no commit of the table tells.
-            self.maintain_from_batch = batch + every;
+            self.maintain_from_sequence.insert(which, commits + every);
             let mut keeper = Keeper { owner: &mut self.owner, rule };
             let (begun, table) = (Instant::now(), keeper.table(which).identifier().to_string());
             match keeper.pass(which, &Asked::default(), false).await {
@@ -120,12 +126,6 @@ impl Session<'_> {
         }
         Ok(())
     }
-}
-
-/// An error and what lies below it, as one sentence.
-fn chain(error: &dyn std::error::Error) -> String {
-    let below = std::iter::successors(error.source(), |error| error.source());
-    below.fold(error.to_string(), |text, error| format!("{text}: {error}"))
 }
 
 /// An owner that keeps its tables small.
@@ -158,15 +158,27 @@ impl Keeper<'_, '_> {
             return Ok(Done::default());
         }
         self.owner.reload().await.map_err(PassError::Commit)?;
-        let table = self.table(which).clone();
-        let properties = table.metadata().properties();
-        let rules = Rules::of(properties, self.rule)?.asked(asked.older_than, asked.retain_last);
+        let mut table = self.table(which).clone();
+        let rules = Rules::of(table.metadata().properties(), self.rule)?;
+        let rules = rules.asked(asked.older_than, asked.retain_last);
         let keep = keep(which);
-        let searches = search || is_search_due(properties, keep.now_ms);
+        let searches = search || is_search_due(table.metadata().properties(), keep.now_ms);
         let found = maintenance::list_metadata(&table).await?;
         let mut done = Done::default();
         if rules.collects {
-            for intent in maintenance::unfinished(&table, &found).await? {
+            let intents = maintenance::unfinished(&table, &found).await?;
+            if !intents.is_empty() {
+                // None of them is of a later epoch if this lands, and what it was judged by is not older than they are.
+                self.owner.renew().await.map_err(PassError::Commit)?;
+                if let Which::Side(role) = which {
+                    // The fence of this epoch moved main's head: a pass over a side table may still be on its way.
+                    self.owner.fence_side(role).await.map_err(PassError::Commit)?;
+                    self.owner.world.reach("maintenance_side_fenced");
+                }
+                self.owner.reload().await.map_err(PassError::Commit)?;
+                table = self.table(which).clone();
+            }
+            for intent in intents {
                 done.files_deleted += maintenance::finish(&table, &intent).await?;
             }
         }

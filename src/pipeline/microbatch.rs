@@ -18,6 +18,7 @@ use iceberg::spec::DataFile;
 use iceberg::table::Table;
 use uuid::Uuid;
 
+use super::backfill::resume_command;
 use super::lanes::LaneReader;
 use super::late::{Fate, Judged, rows_where, with_late_columns};
 use super::owner::Owner;
@@ -69,6 +70,8 @@ pub(super) struct Open {
     /// Buckets read from the table for it.
     pub(super) buckets_lent: u64,
     first_byte: bool,
+    /// Whether its lane gives no more now.
+    is_cut_short: bool,
     /// Data files of the main table.
     pub(super) data_files: usize,
 }
@@ -86,11 +89,6 @@ impl Open {
     /// Whether the time from its first record is up.
     fn is_due(&self) -> bool {
         self.due.is_some_and(|due| Instant::now() >= due)
-    }
-
-    /// Whether its commit would give a table rows.
-    fn has_rows(&self) -> bool {
-        self.counts.written > 0 || self.counts.dead_letter > 0
     }
 }
 
@@ -152,11 +150,10 @@ impl<'a> Life for Run<'_, 'a> {
         &mut self.session.state
     }
 
-    fn has_more(&self) -> bool {
-        self.session.has_more() && !self.is_ending()
-    }
-
     async fn turn(&mut self) -> Result<bool, Stop> {
+        if let Some(stop) = self.session.lanes.ends_with.take() {
+            return Err(stop);
+        }
         requests::take(&mut self.session.owner, self.report).await?;
         Ok(!self.is_ending() && self.session.choose_lane(None, self.report).await?)
     }
@@ -167,11 +164,13 @@ impl<'a> Life for Run<'_, 'a> {
 
     async fn build(&mut self) -> Result<Option<Built<DataFile>>, Stop> {
         let open = self.open.insert(self.session.begin()?);
-        self.session.fill(open, self.counts.consumed, self.report).await?;
-        if open.counts.consumed == 0 && self.session.options.is_ending() {
+        let filled = self.session.fill(open, self.counts.consumed, self.report).await;
+        if let Err(stop) = filled.and_then(|()| self.session.check(open)) {
+            return self.session.lanes.put_off(stop).map(|()| None);
+        }
+        if open.counts.consumed == 0 && (open.is_cut_short || self.session.options.is_ending()) {
             return Ok(None);
         }
-        self.session.check(open)?;
         self.session.finish(open).await.map(Some)
     }
 
@@ -189,7 +188,7 @@ impl<'a> Life for Run<'_, 'a> {
     fn landed(&mut self, cut: Cut, sends: u32) {
         let Some(open) = self.open.take() else { return };
         crate::crash_point!("state_swept");
-        let lag = self.session.lag();
+        let event = self.session.committed(&open, &cut, self.session.lag(), sends);
         self.session.lanes.landed(&self.session.owner.record);
         self.session.copy_state();
         if cut.lane == LIVE_LANE {
@@ -200,23 +199,27 @@ impl<'a> Life for Run<'_, 'a> {
         self.session.buckets_lent += open.buckets_lent;
         self.counts.add(&cut.counts);
         self.batches += 1;
-        let owner = &self.session.owner;
-        self.report.event(&Event::Commit {
-            batch: cut.number,
-            counts: cut.counts,
-            snapshot_id: owner.main.metadata().current_snapshot_id().unwrap_or_default(),
-            data_files: open.data_files,
-            sends,
-            lag,
-            lane: Some(cut.lane).filter(|lane| lane != LIVE_LANE),
-            watermark: cut.watermark.map(|time| time.to_string()),
-            complete_since: complete_since(&owner.record),
-            buckets_lent: open.buckets_lent,
-        });
+        self.report.event(&event);
     }
 }
 
 impl Session<'_> {
+    /// What is told of a microbatch that landed.
+    pub(super) fn committed(&self, open: &Open, cut: &Cut, lag: u64, sends: u32) -> Event {
+        Event::Commit {
+            batch: cut.number,
+            counts: cut.counts,
+            snapshot_id: self.owner.main.metadata().current_snapshot_id().unwrap_or_default(),
+            data_files: open.data_files,
+            sends,
+            lag,
+            lane: Some(&cut.lane).filter(|lane| *lane != LIVE_LANE).cloned(),
+            watermark: cut.watermark.map(|time| time.to_string()),
+            complete_since: complete_since(&self.owner.record),
+            buckets_lent: open.buckets_lent,
+        }
+    }
+
     pub(super) fn begin(&mut self) -> Result<Open, Stop> {
         let attempt = Uuid::now_v7();
         let key = &self.owner.world.loaded.job.dedup.key;
@@ -244,6 +247,7 @@ impl Session<'_> {
             refused: BTreeMap::new(),
             buckets_lent: 0,
             first_byte: false,
+            is_cut_short: false,
             data_files: 0,
         })
     }
@@ -257,7 +261,7 @@ impl Session<'_> {
     ) -> Result<(), Stop> {
         self.options.phases.reach("read");
         let mut chunk = RecordChunk::default();
-        if let Some(ahead) = self.ahead.take() {
+        if let Some(ahead) = self.ahead.take().transpose()? {
             open.due = Some(ahead.since + self.owner.world.loaded.job.microbatch.open_time_max);
             self.watch.source_answers(report);
             open.payload_bytes += ahead.chunk.payload_bytes() as u64;
@@ -329,14 +333,19 @@ impl Session<'_> {
         let bytes_left = limits.payload_bytes_max.saturating_sub(open.payload_bytes);
         let keys_full = self.state.store.pending_bytes() >= self.memory.pending_bytes_max();
         let full = records_left == 0 || bytes_left == 0 || keys_full;
-        let is_over = full || self.exhausted() || self.is_due(open) || self.options.is_ending();
+        let is_over =
+            full || self.exhausted() || open.is_cut_short || self.is_due(open) || self.options.is_ending();
         (!is_over).then(|| self.chunk_limits(records_left, bytes_left))
     }
 
-    /// Whether an open microbatch is closed for its time. A continuous run keeps one that gives no table a row open until
-    /// a heartbeat is due, whose place its commit takes (R8).
+    /// Whether an open microbatch is closed for its time. A continuous run keeps one of its live lane that gives no table a
+    /// row open until a heartbeat is due, whose place its commit takes (R8); one of a backfill that has no record yet, too.
     fn is_due(&self, open: &Open) -> bool {
-        if !self.options.continuous || open.has_rows() || !self.lanes.served().is_live() {
+        let waits = match self.lanes.served().is_live() {
+            true => !open.counts.gives_rows(),
+            false => open.due.is_none(),
+        };
+        if !self.options.continuous || !waits {
             return open.is_due();
         }
         chrono::Utc::now().timestamp_millis() >= self.owner.heartbeat_ms()
@@ -358,19 +367,19 @@ impl Session<'_> {
             let reader = &mut self.lanes.served_mut().reader;
             let status = match reader.read(chunk, ReadLimits { deadline, ..limits }) {
                 Ok(status) => status,
-                Err(error) if self.options.continuous && error.reason() == Reason::SourceAway => {
-                    self.sit_out(&error, report)?;
+                Err(error) if error.reason() == Reason::SourceAway => {
+                    open.is_cut_short = self.gives_nothing(open, !chunk.is_empty(), error, report)?;
                     ReadStatus::DeadlinePassed
                 }
-                Err(error) => return Err(stops::reading(error)),
+                Err(error) => return Err(self.unread(error)),
             };
             if open.due.is_none() && !chunk.is_empty() {
                 open.due = Some(Instant::now() + self.owner.world.loaded.job.microbatch.open_time_max);
             }
             // Rows that wait in the chunk are not known to be new before they are probed.
             let waits = !chunk.is_empty() && open.is_due();
-            if status != ReadStatus::DeadlinePassed || waits || self.is_due(open) || self.options.is_ending()
-            {
+            let is_over = open.is_cut_short || self.is_due(open) || self.options.is_ending();
+            if status != ReadStatus::DeadlinePassed || waits || is_over {
                 return Ok(());
             }
         }
@@ -662,10 +671,15 @@ impl Session<'_> {
                 )
             })
             .collect();
+        let (job, served) = (&self.options.job_shown, self.lanes.served());
+        let (of_lane, command) = match served.is_live() {
+            true => (String::new(), format!("tidemill run {job}")),
+            false => (format!(" of backfill {}", served.lane), resume_command(job, &served.lane)),
+        };
         Stop::new(
             Reason::Brake,
             format!(
-                "{letters} of {} rows are dead letters, {:.1} % where {:.1} % are allowed; most frequent:\n{}",
+                "{letters} of {} rows{of_lane} are dead letters, {:.1} % where {:.1} % are allowed; most frequent:\n{}",
                 open.counts.consumed,
                 ratio * 100.0,
                 ratio_max * 100.0,
@@ -673,8 +687,7 @@ impl Session<'_> {
             ),
             format!(
                 "nothing was committed and the offsets stay; mend the producer or the job's columns, or let them through \
-                 once:\n  tidemill run {} --set sink.iceberg.dead_letters.max_ratio=1.0",
-                self.options.job_shown
+                 once:\n  {command} --set sink.iceberg.dead_letters.max_ratio=1.0"
             ),
         )
     }
@@ -709,6 +722,7 @@ impl Session<'_> {
             lane: self.lanes.served().lane.clone(),
             watermark: self.watermark(),
             reached: self.reached(),
+            requeue: self.owner.record.requeue.clone(),
             last: self.is_last() || self.options.is_ending(),
         };
         Ok(Built { cut, files, owed })

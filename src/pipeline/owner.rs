@@ -83,9 +83,13 @@ pub(super) async fn prepare<'a>(
     Ok(Prepared { outside, memory, survey, record, decoder })
 }
 
-/// Rows that stand in a table without ledger: what this ledger writes is told from them by its batch numbers.
+/// Rows that stand in a table without ledger: what this ledger writes is told from them by its batch numbers, and from
+/// what an earlier ledger of the job still brings to a side table by the mark that this one has read.
 async fn others_in(survey: &Survey, adopted: bool) -> Result<Others, Stop> {
-    let mut batch_max = 0;
+    let sides = survey.side_facts()?;
+    let with_keys = sides.iter().filter(|(role, _)| role.holds_keys());
+    let marked = with_keys.filter_map(|(_, side)| Some(side.mark.as_ref()?.batch));
+    let mut batch_max = marked.max().unwrap_or(0);
     for table in survey.tables_with_keys() {
         let found = scan::batch_max(table).await.map_err(|error| {
             stops::data(format!("table {} can not be read", table.identifier()), error.reason(), error)
@@ -290,8 +294,8 @@ pub async fn move_offsets(
         let cursor = Cursor { start: jump.new_start, end: jump.new_start, tail: None, max_event_time };
         known.insert(jump.partition, cursor);
     }
-    owner.commit(next, Vec::new()).await?;
-    Ok(jumps)
+    let moved = owner.commit(next, Vec::new()).await;
+    owner.end(moved.map(|_| jumps)).await
 }
 
 /// Topic partitions whose last consumed record is another one now.

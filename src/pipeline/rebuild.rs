@@ -2,13 +2,13 @@
 //! window lacks, and a bucket that has expired when an event of it comes.
 //!
 //! Flow of [`restore`]: buckets that the folder still holds whole (`dedup/salvage.rs`), then the keys of all others from the
-//! rows of our batches in main and late table -> [`Builder`] -> a generation -> rows of others, if they count as seen, one [`Store`] further ->
-//! compared with the ledger -> a commit that names the generation
+//! rows of our batches in main and late table -> [`Builder`], which says what they are -> rows of others, if they count as
+//! seen -> the same builder -> a generation -> compared with the ledger -> a commit that names the generation
 //!
 //! Invariants
 //! 1. A bucket comes into the new generation whole: from files that add up to what the ledger counts, or from the table.
 //! 2. The ledger names a generation only after it was compared, so a crash on the way leaves the state as lost as it was.
-//! 3. Keys of others are looked up among ours, never the other way round: what is ours is counted as ours.
+//! 3. A key in a bucket that ours and others' rows have is ours: what others add is the difference.
 //!
 //! Bounds: what `sink/scan.rs` holds for its readers, and the memory of the builder; on disk about 10 bytes per key
 //! while it is read. A loan reads its buckets whole: the number of rows in them decides how long it takes, and one scan
@@ -16,7 +16,9 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
 use iceberg::table::Table;
@@ -32,8 +34,8 @@ use crate::catalog;
 use crate::commit::ledger::{BucketRecord, Change, Kind, LedgerRecord, Suppressed};
 use crate::commit::side::Role;
 use crate::dedup::{
-    self, Bucket, BucketTally, Builder, Digest, Era, GenerationName, GenerationRef, Key, Loan, Store,
-    StoreError, StoreSpec, Tally, Verdict,
+    self, Bucket, BucketTally, Builder, Digest, Era, GenerationName, Key, Loan, Store, StoreError, StoreSpec,
+    Tally,
 };
 use crate::event_time::EventTimeMs;
 use crate::job::{Job, OnMissingKeys, SUPPRESSED_SUFFIX};
@@ -44,6 +46,8 @@ use crate::sink::schema;
 use crate::sink::suppressed::{self, ErasedKey};
 use crate::stop::{Reason, Stop};
 
+/// Between two looks for a signal and at the lease while long work is waited for.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Most missing buckets that a stop names one by one.
 const MISSING_SHOWN_MAX: usize = 5;
 
@@ -363,11 +367,16 @@ pub(super) async fn restore(
 ) -> Result<Restored, Stop> {
     let begun = Instant::now();
     let folder = state_folder(&owner.world.loaded.job);
-    let of_state = |error| stops::state(&folder, error);
+    let of_state = |error| match error {
+        StoreError::Stopped => stops::interrupted(),
+        error => stops::state(&folder, error),
+    };
     let since = record.dedup.complete_since.unwrap_or(EventTimeMs(i64::MIN));
     let wanted = wanted(&record, &folder);
     let (mut builder, saved) =
         begin(&record, &wanted, &folder, memory, restoring.salvage).map_err(of_state)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    builder = builder.stop_by(Arc::clone(&stop));
     let slices = gaps(since, &saved);
     let bounded = (saved.len() + usize::from(since.0 > i64::MIN) > 0).then_some(slices.as_slice());
     let read =
@@ -375,37 +384,40 @@ pub(super) async fn restore(
     let mut restored = Restored { rows_read: read.rows, ..Restored::default() };
     read_suppressed(owner, &record, bounded, &mut |keys| builder.add(keys)).await?;
     crate::crash_point!("rebuild_keys_read");
-    // What is left to merge takes a while too, and nobody renews meanwhile.
     owner.renew().await?;
     crate::crash_point!("rebuild_lease_renewed");
+    let mut of_ours = None;
+    if let Some(which) = adopted(&record) {
+        let settled;
+        (builder, settled) = beside(owner, &stop, move || {
+            let settled = builder.settle();
+            (builder, settled)
+        })
+        .await?;
+        of_ours = Some(settled.map_err(of_state)?);
+        read_keys(owner, keys, memory, which, bounded, report, &mut |keys| builder.add(keys)).await?;
+    }
     let name = GenerationName::new(record.epoch, record.batch, uuid::Uuid::now_v7());
-    let (generation, built) = builder.finish(name).map_err(of_state)?;
-    restored.repeats = built.repeats;
+    let finishing = move || builder.finish(name);
+    let (generation, of_all) = beside(owner, &stop, finishing).await?.map_err(of_state)?;
+    let ours = of_ours.as_ref().unwrap_or(&of_all);
+    restored.repeats = ours.repeats;
     restored.keys_kept = wanted
         .iter()
         .filter(|bucket| saved.binary_search(&bucket.bucket()).is_ok())
         .map(|bucket| bucket.keys)
         .sum();
     let spec = store_spec(&record);
-    let mut store =
+    let store =
         Store::open(&folder, spec, Some(&generation), memory.dedup_lookup_bytes()).map_err(of_state)?;
-    let mut named = generation;
-    if let Some(which) = adopted(&record) {
-        let slices = bounded.map(<[Bucket]>::to_vec);
-        if let Some(later) =
-            add_keys_of_others(owner, keys, memory, which, slices.as_deref(), &mut store, report).await?
-        {
-            named = later;
-        }
-    }
-    let found = Found { ours: &built.buckets, all: store.buckets(), saved: &saved };
+    let found = Found { ours: &ours.buckets, all: store.buckets(), saved: &saved };
     restored.missing_keys = compare_with_ledger(owner, &record, &found)?;
     crate::crash_point!("rebuild_compared");
     restored.buckets = store.buckets().len() as u64;
     restored.buckets_read = restored.buckets - saved.len().min(store.buckets().len()) as u64;
     restored.keys = store.stats().keys;
     let mut next = record.clone();
-    name_generation(&mut next, facts(&store, named));
+    name_generation(&mut next, facts(&store, generation));
     if let Some(others) = &mut next.others
         && others.adopted
     {
@@ -416,6 +428,42 @@ pub(super) async fn restore(
     let change = Change { by: restoring.by.to_owned(), what: restored.in_words() };
     commit_change(owner, next, change, restoring.release).await?;
     Ok(restored)
+}
+
+/// Does long work on a thread that may block, and renews the lease meanwhile. Where that ends badly the work is stopped by
+/// its flag, and waited for: it must not go on beside another owner, or another life.
+async fn beside<T: Send + 'static>(
+    owner: &mut Owner<'_>,
+    stop: &AtomicBool,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Stop> {
+    let mut working = tokio::task::spawn_blocking(work);
+    let done = match renewing(owner, &mut working).await {
+        Ok(done) => done,
+        Err(failed) => {
+            stop.store(true, Ordering::Relaxed);
+            let _stopped = working.await;
+            return Err(failed);
+        }
+    };
+    Ok(done.unwrap_or_else(|failed| std::panic::resume_unwind(failed.into_panic())))
+}
+
+/// Waits for long work that does not commit, renews the lease meanwhile, and hears a signal.
+pub(super) async fn renewing<T>(owner: &mut Owner<'_>, work: impl Future<Output = T>) -> Result<T, Stop> {
+    let (mut work, mut renewed) = (std::pin::pin!(work), Instant::now());
+    loop {
+        if let Ok(done) = tokio::time::timeout(LOOK_EVERY, &mut work).await {
+            return Ok(done);
+        }
+        if owner.world.options.interrupted() {
+            return Err(stops::interrupted());
+        }
+        if renewed.elapsed() > owner.lease() / 3 {
+            owner.renew().await?;
+            renewed = Instant::now();
+        }
+    }
 }
 
 /// Commits a record that differs from the last one without a microbatch, for a stated reason.
@@ -465,8 +513,7 @@ fn begin(
         dedup.eras.iter().map(|era| Era { until: era.until, bucket_width_ms: era.bucket_width_ms }).collect();
     let spec = store_spec(record);
     let empty = || {
-        Builder::create(folder, spec.clone(), memory.dedup_lookup_bytes(), dedup.floor)?
-            .of_history(&eras, since)
+        Builder::create(folder, spec.clone(), memory.rebuild_bytes(), dedup.floor)?.of_history(&eras, since)
     };
     let mut builder = empty()?;
     if !salvage || dedup.floor.is_none() {
@@ -480,39 +527,6 @@ fn begin(
         }
         Err(error) => Err(error),
     }
-}
-
-/// Looks up the keys of rows by others in a store, and adds those that it lacks as generations of their own segments.
-/// Gives the last of them.
-pub(super) async fn add_keys_of_others(
-    owner: &mut Owner<'_>,
-    keys: &KeyMaker,
-    memory: &MemoryPlan,
-    which: RowsOf,
-    slices: Option<&[Bucket]>,
-    store: &mut Store,
-    report: &mut dyn Report,
-) -> Result<Option<GenerationRef>, Stop> {
-    let folder = state_folder(&owner.world.loaded.job);
-    let (epoch, batch) = (owner.record.epoch, owner.record.batch);
-    let since = store.complete_since();
-    let mut last = None;
-    let mut settle = |store: &mut Store| {
-        last = Some(store.prepare(GenerationName::new(epoch, batch, uuid::Uuid::now_v7()))?);
-        // Named by the ledger or not, the next keys are looked up among these: the commit names the last one.
-        store.publish();
-        Ok(())
-    };
-    read_keys(owner, keys, memory, which, slices, report, &mut |keys| {
-        let live: Vec<Key> = keys.iter().filter(|key| key.event_time >= since).copied().collect();
-        let new = store.probe(&live)?.contains(&Verdict::New);
-        if new && store.pending_bytes() >= memory.pending_bytes_max() { settle(store) } else { Ok(()) }
-    })
-    .await?;
-    if store.stats().pending_keys > 0 {
-        settle(store).map_err(|error| stops::state(&folder, error))?;
-    }
-    Ok(last)
 }
 
 /// Reads the keys of some buckets into a loan; says too what it read.

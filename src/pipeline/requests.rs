@@ -1,10 +1,10 @@
 //! What others ask of the owner (R9), and what comes of it.
 //!
-//! Flow of an owner: properties of the head -> `take`, between two microbatches -> `grant`, a function of the record ->
-//! one commit of kind change that says what was asked and removes the property
+//! Flow of an owner: properties of the head -> `take`, between two microbatches -> `grant`, a function of the record, or a
+//! savepoint -> one commit of kind change that says what was asked and removes the property
 //!
-//! Flow of a command: [`ask`] does it as the owner if the table is free, else sets the property and looks at the ledger until
-//! it is done, or until the owner has gone and it can be done here.
+//! Flow of a command: `done_or_asked` does it as the owner if the table is free, else sets the property and looks at the
+//! ledger until it is done, or until the owner has gone and it can be done here.
 //!
 //! A crash between request and commit leaves the request for the next owner.
 
@@ -16,7 +16,7 @@ use super::rebuild::commit_change;
 use super::report::{Event, Report};
 use super::start::{Allow, LeaseVerdict, lease};
 use super::world::CatalogTables;
-use super::{RunOptions, stops};
+use super::{RunOptions, commands, stops};
 use crate::catalog;
 use crate::commit::ledger::{self, Backfill, Change, Cursor, Lane, LaneState, LedgerRecord};
 use crate::commit::request::{self, Ask, NewLane, Read, Request, is_lane_name};
@@ -41,7 +41,7 @@ pub(super) struct Granted {
     pub(super) change: Change,
 }
 
-/// Judges a request on a record; `None` if it is done already. `topics` are those that the job reads.
+/// Judges a request about lanes on a record; `None` if it is done already. `topics` are those that the job reads.
 ///
 /// # Errors
 /// Why it can not be done, in words.
@@ -75,6 +75,9 @@ pub(super) fn grant(
                 next.lanes.remove(lane);
             }
             (known, "lane drop", format!("backfill {lane} is dropped; rows that it wrote stay"))
+        }
+        Ask::CreateSavepoint { .. } | Ask::DropSavepoint { .. } => {
+            unreachable!("a savepoint is made of tags, not of a record")
         }
     };
     let change = Change { by: by.to_owned(), what };
@@ -138,30 +141,41 @@ pub(super) fn topics_of(owner: &Owner<'_>) -> BTreeSet<String> {
 /// microbatches. An owner that waits for records reloads the table first ([`Owner::reload`]).
 pub(super) async fn take(owner: &mut Owner<'_>, report: &mut dyn Report) -> Result<(), Stop> {
     let found = request::read(owner.main.metadata().properties(), owner.record.job_id);
-    let mut answered = false;
     for (property, read) in found {
         owner.answer(property.clone());
-        answered = true;
-        let granted = match read {
+        let done = match read {
             Read::Garbage(why) => Err(why),
-            Read::Request(request) => grant(&owner.record, &request.ask, &topics_of(owner)),
+            Read::Request(request) => answer(owner, &request.ask).await?,
         };
-        let text = match granted {
-            Ok(Some(Granted { next, change })) => {
-                let text = change.what.clone();
-                crate::crash_point!("request_to_grant");
-                commit_change(owner, next, change, false).await?;
-                crate::crash_point!("request_granted");
-                answered = false;
-                text
-            }
+        let text = match done {
+            Ok(Some(text)) => text,
             Ok(None) => continue,
             Err(why) => format!("request {property} is refused: {why}"),
         };
         report.event(&Event::Notice { text });
     }
     // What changes nothing leaves with a renewal, so that who asked sees that it was looked at.
-    if answered { owner.renew().await } else { Ok(()) }
+    if owner.has_answers() { owner.renew().await } else { Ok(()) }
+}
+
+/// Does what is asked and says what that was; nothing if it is so already. The inner error is why it is refused.
+async fn answer(owner: &mut Owner<'_>, ask: &Ask) -> Result<Result<Option<String>, String>, Stop> {
+    let granted = match ask {
+        Ask::CreateSavepoint { savepoint } => return commands::create_asked(owner, savepoint).await,
+        Ask::DropSavepoint { savepoint } => return commands::drop_asked(owner, savepoint).await.map(Ok),
+        of_lanes => grant(&owner.record, of_lanes, &topics_of(owner)),
+    };
+    match granted {
+        Ok(Some(Granted { next, change })) => {
+            let text = change.what.clone();
+            crate::crash_point!("request_to_grant");
+            commit_change(owner, next, change, false).await?;
+            crate::crash_point!("request_granted");
+            Ok(Ok(Some(text)))
+        }
+        Ok(None) => Ok(Ok(None)),
+        Err(why) => Ok(Err(why)),
+    }
 }
 
 /// What a command sees of the ledger while another owner works.
@@ -263,34 +277,68 @@ pub async fn ask(
     ask: &Ask,
     report: &mut dyn Report,
 ) -> Result<String, Stop> {
+    let judge = async || {
+        let topics = loaded.job.source.topics.iter().cloned().collect();
+        let record = record_of(loaded).await?;
+        refuse_unknown(&record, ask)?;
+        grant(&record, ask, &topics).map(|_| ()).map_err(refused)
+    };
+    let as_owner = async |_| do_it(loaded, options, ask).await;
+    if let Some(done) = done_or_asked(loaded, options, ask, report, judge, as_owner).await? {
+        return Ok(done);
+    }
+    // The owner takes the request away with the commit that grants it, and also when it refuses it.
+    let topics = loaded.job.source.topics.iter().cloned().collect();
+    match grant(&record_of(loaded).await?, ask, &topics).map_err(refused)? {
+        None => Ok("the owner of the table took the request up".to_owned()),
+        Some(_) => Err(refused("the owner of the table did not take it up; its log says why".to_owned())),
+    }
+}
+
+/// Has something done: by this process if the table is free, and gives what came of it, else by its owner, which is asked to.
+/// `judge` says no before the owner is asked, who can say no to its own log alone. `as_owner` is told whether an owner was
+/// asked before, and may have done it.
+pub(super) async fn done_or_asked<T>(
+    loaded: &LoadedJob,
+    options: &RunOptions,
+    ask: &Ask,
+    report: &mut dyn Report,
+    judge: impl AsyncFn() -> Result<(), Stop>,
+    as_owner: impl AsyncFn(bool) -> Result<T, Stop>,
+) -> Result<Option<T>, Stop> {
     let mut posted: Option<Posted> = None;
     loop {
-        let busy = match do_it(loaded, options, ask).await {
+        let busy = match as_owner(posted.is_some()).await {
             Err(stop) if stop.reason == Reason::Busy => stop,
-            done => return done,
+            done => return done.map(Some),
         };
         let under_way = match &mut posted {
             Some(under_way) => under_way,
             None => {
-                // Judged before it is asked for: an owner can only say no to its own log.
-                let topics = loaded.job.source.topics.iter().cloned().collect();
-                let record = record_of(loaded).await?;
-                refuse_unknown(&record, ask)?;
-                grant(&record, ask, &topics).map_err(refused)?;
+                judge().await?;
                 report.event(&Event::Notice { text: format!("{}; it is asked to do it", busy.what) });
                 posted.insert(Posted::post(loaded, ask.clone()).await?)
             }
         };
         loop {
-            let look = under_way.look(options).await?;
+            let look = under_way.look(options).await.map_err(left_standing)?;
             if !look.is_pending {
-                return Ok("the owner of the table took the request up".to_owned());
+                return Ok(None);
             }
             if look.may_be_free {
                 break;
             }
         }
     }
+}
+
+/// Who stops waiting takes nothing back.
+fn left_standing(stop: Stop) -> Stop {
+    if stop.reason != Reason::Interrupted {
+        return stop;
+    }
+    let way_out = "the request stands in the table, and its owner still does it; see what came of it with lane list or savepoint list";
+    Stop { way_out: way_out.to_owned(), ..stop }
 }
 
 /// A second drop of a backfill is no harm to an owner, but a person who names one that is not there has mistyped it.
@@ -311,7 +359,7 @@ fn refused(why: String) -> Stop {
 async fn do_it(loaded: &LoadedJob, options: &RunOptions, ask: &Ask) -> Result<String, Stop> {
     let prepared = prepare(loaded, options, Allow::default()).await?;
     let topics = loaded.job.source.topics.iter().cloned().collect();
-    let record = super::commands::need_record(&prepared, options)?;
+    let record = commands::need_record(&prepared, options)?;
     refuse_unknown(&record, ask)?;
     if grant(&record, ask, &topics).map_err(refused)?.is_none() && !prepared.survey.has_requests() {
         return Ok("nothing to change: it is so already".to_owned());

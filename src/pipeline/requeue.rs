@@ -9,14 +9,18 @@
 //! 2. No offset moves, and the live lane's watermark stays. Letters are judged in the order of their places against earlier
 //!    ones of their own topic partition.
 //! 3. What must be exact follows from dedup: a letter that is tried twice is a repeat of itself.
+//! 4. The cursor moves with the commit of the letters before it, and with nothing else. A row that is dropped for being late
+//!    leaves its letter unmarked: behind other letters it may be on time.
 //!
 //! A kill leaves the cursor in the record of the last microbatch; the command given again goes on from it, over the same
 //! snapshot while that is kept. Marks that main owes are brought forward first, by whoever starts next.
 //!
-//! Bounds: 56 bytes for each waiting letter, and a probe batch of letters. Headers are not kept in letters, so columns that
+//! Bounds: 56 bytes for each waiting letter, and a probe batch of letters; a microbatch closes after `max_interval`, so that
+//! its commit renews the lease. Headers are not kept in letters, so columns that
 //! are read from one are null.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 use iceberg::spec::DataFile;
 use iceberg::table::Table;
@@ -25,8 +29,8 @@ use serde::Serialize;
 use super::commands::Confirm;
 use super::microbatch::{Open, unexpected_arrow, unwritten};
 use super::owner::{Owner, new_decoder, prepare};
-use super::report::{Event, Report};
-use super::session::{Session, complete_since};
+use super::report::Report;
+use super::session::Session;
 use super::start::Allow;
 use super::state::KeyState;
 use super::survey::side_idents;
@@ -36,6 +40,7 @@ use crate::catalog;
 use crate::commit::ledger::{LIVE_LANE, RequeueLane};
 use crate::commit::side::Role;
 use crate::counts::Counts;
+use crate::event_time::EventTimeMs;
 use crate::job::file::LoadedJob;
 use crate::lateness::Lateness;
 use crate::letter::{DeadLetter, ReasonCode};
@@ -253,6 +258,8 @@ struct Lane {
     waiting: Vec<Waiting>,
     at: usize,
     slots: Slots,
+    /// Largest event times of letters that an earlier command took.
+    times: BTreeMap<(TopicId, i32), EventTimeMs>,
     /// The dead-letter table with its frozen snapshot; the owner's moves on with every mark.
     table: Table,
 }
@@ -268,22 +275,29 @@ impl Lane {
         let frozen = begun.as_ref().map(|lane| lane.snapshot_id).or(table.metadata().current_snapshot_id());
         let waiting = stored_letters::waiting(&table, frozen, reason).await;
         let mut waiting = waiting.map_err(|error| unread(&table, error))?;
+        let mut times = BTreeMap::new();
         if let Some(lane) = begun {
+            times.extend(lane.max_event_times.iter().map(|(id, at, time)| ((TopicId(*id), *at), *time)));
             let (topic_id, partition, offset, row_index) = lane.after;
             let after = LetterPlace { topic_id: TopicId(topic_id), partition, offset, row_index };
             waiting.retain(|letter| letter.place > after);
         }
         let reason = reason.map(str::to_owned);
-        Ok(Self { snapshot_id: frozen, reason, waiting, at: 0, slots: Slots::default(), table })
+        Ok(Self { snapshot_id: frozen, reason, waiting, at: 0, slots: Slots::default(), times, table })
     }
 
-    /// What the ledger says of it; nothing once all is taken.
-    fn cursor(&self) -> Option<RequeueLane> {
+    /// What the ledger says of it; nothing once all is taken. `times` are the largest event times by slot.
+    fn cursor(&self, times: &[Option<EventTimeMs>]) -> Option<RequeueLane> {
         let last = &self.waiting[..self.at].last()?.place;
         let after = (last.topic_id.0, last.partition, last.offset, last.row_index);
         let is_done = self.at == self.waiting.len();
         let snapshot_id = self.snapshot_id.filter(|_| !is_done)?;
-        Some(RequeueLane { snapshot_id, reason: self.reason.clone(), after })
+        let mut known = self.times.clone();
+        let slots = self.slots.letters.iter().zip(times);
+        known.extend(slots.filter_map(|(slot, time)| Some(((slot.topic_id, slot.partition), (*time)?))));
+        let max_event_times = known.into_iter().map(|((id, partition), time)| (id.0, partition, time));
+        let (reason, max_event_times) = (self.reason.clone(), max_event_times.collect());
+        Some(RequeueLane { snapshot_id, reason, after, max_event_times })
     }
 }
 
@@ -308,8 +322,12 @@ impl<'a> Life for Requeue<'_, 'a> {
         &mut self.session.state
     }
 
-    fn has_more(&self) -> bool {
-        self.lane.at < self.lane.waiting.len()
+    async fn turn(&mut self) -> Result<bool, Stop> {
+        let has_more = self.has_more();
+        if has_more && self.session.options.interrupted() {
+            return Err(stops::requeue_interrupted());
+        }
+        Ok(has_more)
     }
 
     async fn build(&mut self) -> Result<Option<Built<DataFile>>, Stop> {
@@ -319,7 +337,7 @@ impl<'a> Life for Requeue<'_, 'a> {
         filled?;
         assert!(open.counts.conserved(), "every row of a letter has exactly one outcome: {:?}", open.counts);
         let mut built = self.session.finish(open).await?;
-        self.session.owner.record.requeue = self.lane.cursor();
+        built.cut.requeue = self.lane.cursor(self.session.lanes.live().lateness.max_event_times());
         self.at_rest(&mut built.cut);
         Ok(Some(built))
     }
@@ -334,34 +352,31 @@ impl<'a> Life for Requeue<'_, 'a> {
         let Some(open) = self.open.take() else { return };
         self.done.counts.add(&cut.counts);
         self.done.batches += 1;
-        let owner = &self.session.owner;
-        self.report.event(&Event::Commit {
-            batch: cut.number,
-            counts: cut.counts,
-            snapshot_id: owner.main.metadata().current_snapshot_id().unwrap_or_default(),
-            data_files: open.data_files,
-            sends,
-            lag: (self.lane.waiting.len() - self.lane.at) as u64,
-            lane: None,
-            watermark: cut.watermark.map(|time| time.to_string()),
-            complete_since: complete_since(&owner.record),
-            buckets_lent: open.buckets_lent,
-        });
+        let lag = (self.lane.waiting.len() - self.lane.at) as u64;
+        let event = self.session.committed(&open, &cut, lag, sends);
+        self.report.event(&event);
     }
 }
 
 impl Requeue<'_, '_> {
-    /// Takes letters until the microbatch is full or all are taken.
+    fn has_more(&self) -> bool {
+        self.lane.at < self.lane.waiting.len()
+    }
+
+    /// Takes letters until the microbatch is full or its time is up, all are taken, or a signal came.
     async fn fill(&mut self, open: &mut Open) -> Result<(), Stop> {
-        let records_max = self.session.owner.world.loaded.job.microbatch.records_max;
+        let begun = Instant::now();
+        let limits = &self.session.owner.world.loaded.job.microbatch;
+        let (records_max, open_time_max) = (limits.records_max, limits.open_time_max);
         let keys_max = self.session.memory.pending_bytes_max();
         while open.counts.consumed < records_max && self.session.state.store.pending_bytes() < keys_max {
+            let is_over = begun.elapsed() >= open_time_max || self.session.options.interrupted();
+            if is_over && open.counts.consumed > 0 {
+                break;
+            }
             let memory = &self.session.memory;
             let Some(mut places) = next_places(&self.lane.waiting[self.lane.at..], memory) else { break };
             places.truncate(usize::try_from(records_max - open.counts.consumed).unwrap_or(usize::MAX));
-            if self.session.options.interrupted() {
-                return Err(stops::interrupted());
-            }
             let letters = stored_letters::fetch(&self.lane.table, self.lane.snapshot_id, &places).await;
             let letters = letters.map_err(|error| unread(&self.lane.table, error))?;
             self.take(open, &letters).await?;
@@ -380,7 +395,8 @@ impl Requeue<'_, '_> {
         decoded.places.iter_mut().for_each(|place| *place = true_place(letters, *place));
         refused.iter_mut().for_each(|letter| letter.place = true_place(letters, letter.place));
         session.write_rows(open, &decoded, &judged).await?;
-        let still: BTreeSet<Place> = refused.iter().map(|letter| letter.place).collect();
+        let dropped = judged.dropped.iter().map(|&row| decoded.places[row]);
+        let still: BTreeSet<Place> = refused.iter().map(|letter| letter.place).chain(dropped).collect();
         session.write_letters(open, refused).await?;
         let slots = &self.lane.slots;
         let marks: Vec<DeadLetter> = letters
@@ -404,7 +420,8 @@ impl Requeue<'_, '_> {
         let (session, slots) = (&mut *self.session, &self.lane.slots);
         let lane = session.lanes.live_mut();
         let mut max_event_times = lane.lateness.max_event_times().to_vec();
-        max_event_times.resize(slots.names.len(), None);
+        let before = |slot: &Slot| self.lane.times.get(&(slot.topic_id, slot.partition)).copied();
+        max_event_times.extend(slots.letters[max_event_times.len()..].iter().map(before));
         lane.lateness = Lateness::new(&session.owner.world.loaded.job.event_time, max_event_times);
         lane.slots.clone_from(&slots.names);
         session.letter_slots = Some(slots.letters.clone());

@@ -10,6 +10,7 @@ use super::backfill::lane_summary;
 use super::copies::Copier;
 use super::keys::KeyMaker;
 use super::lanes::{LaneReader, Lanes, READERS_MAX};
+use super::maintain::Which;
 use super::owner::{Owner, Prepared, prepare};
 use super::report::{Event, Report, Summary};
 use super::start::Allow;
@@ -26,7 +27,7 @@ use crate::memory::MemoryPlan;
 use crate::offset::TopicPartition;
 use crate::protocol;
 use crate::sink::dead_letters::Slot;
-use crate::source::{Connection, OffsetRange, ReadPlan, ReaderOptions, Tail};
+use crate::source::{Connection, OffsetRange, ReadPlan, ReaderOptions, STALL_AFTER_DEFAULT, Tail};
 use crate::stop::Stop;
 
 /// See the module.
@@ -48,12 +49,12 @@ pub(super) struct Session<'a> {
     pub(super) copier: Option<Copier>,
     /// Topic partitions by slot as stored letters name them, where letters are what is read.
     pub(super) letter_slots: Option<Vec<Slot>>,
-    /// First microbatch before which maintenance may be tried again.
-    pub(super) maintain_from_batch: u64,
+    /// Sequence number of the ledger from which on maintenance of a table may be tried again.
+    pub(super) maintain_from_sequence: BTreeMap<Which, u64>,
     /// What a continuous run looks at beside its records.
     pub(super) watch: Watch,
-    /// Read while the microbatch before was committed.
-    pub(super) ahead: Option<Ahead>,
+    /// Read while the microbatch before was committed, or why it can not be decoded.
+    pub(super) ahead: Option<Result<Ahead, Stop>>,
 }
 
 /// How an opening ends well.
@@ -89,7 +90,7 @@ impl<'a> Session<'a> {
         }
         let backfills = prepared.record.iter().flat_map(LedgerRecord::active_backfills).count();
         let queue_parts = if options.backfill.is_some() || backfills > 0 { READERS_MAX } else { 1 };
-        let reading = ReaderOptions { queue_parts, ..reader_options(&loaded.job) };
+        let reading = ReaderOptions { queue_parts, ..reader_options(&loaded.job, options) };
         let (connection, record) = (&prepared.survey.connection, prepared.record.as_ref());
         let live = LaneReader::open(connection, record, LIVE_LANE, plans, reading, &loaded.job.event_time)
             .map_err(stops::source)?;
@@ -104,9 +105,7 @@ impl<'a> Session<'a> {
             topic_partitions: live.slots.len(),
             memory: memory.to_string(),
         });
-        let keys = KeyMaker::new(&decoder.schema(), &loaded.job, owner.record.dedup.seed)?;
-        let mut folder = Folder::new(&loaded.job, &keys, &memory, report);
-        let state = protocol::open_state(&mut owner, &mut folder).await?;
+        let (keys, state) = open_state(&mut owner, &decoder, &memory, report).await?;
         let watch = Watch::new(connection.look_interval(), ends);
         let mut session = Box::new(Self {
             owner,
@@ -121,7 +120,7 @@ impl<'a> Session<'a> {
             bytes_lent: 0,
             copier: None,
             letter_slots: None,
-            maintain_from_batch: 0,
+            maintain_from_sequence: BTreeMap::new(),
             watch,
             ahead: None,
         });
@@ -164,9 +163,7 @@ impl<'a> Session<'a> {
         let none = LaneReader::open(connection, None, LIVE_LANE, Vec::new(), reading, rule);
         let (none, memory) = (none.map_err(stops::source)?, prepared.memory);
         let (mut owner, connection, decoder) = prepared.take(&starts).await?;
-        let keys = KeyMaker::new(&decoder.schema(), &loaded.job, owner.record.dedup.seed)?;
-        let mut folder = Folder::new(&loaded.job, &keys, &memory, report);
-        let state = protocol::open_state(&mut owner, &mut folder).await?;
+        let (keys, state) = open_state(&mut owner, &decoder, &memory, report).await?;
         Ok(Self {
             owner,
             options,
@@ -180,7 +177,7 @@ impl<'a> Session<'a> {
             bytes_lent: 0,
             copier: None,
             letter_slots: None,
-            maintain_from_batch: 0,
+            maintain_from_sequence: BTreeMap::new(),
             watch: Watch::new(None, BTreeMap::new()),
             ahead: None,
         })
@@ -248,10 +245,31 @@ impl<'a> Session<'a> {
     }
 }
 
+/// What is needed to tell keys that were seen. Gives the table back if that fails.
+async fn open_state(
+    owner: &mut Owner<'_>,
+    decoder: &Decoder,
+    memory: &MemoryPlan,
+    report: &mut dyn Report,
+) -> Result<(KeyMaker, KeyState), Stop> {
+    let job = &owner.world.loaded.job;
+    let keys = match KeyMaker::new(&decoder.schema(), job, owner.record.dedup.seed) {
+        Ok(keys) => keys,
+        Err(stop) => {
+            owner.release_after(&stop).await;
+            return Err(stop);
+        }
+    };
+    let mut folder = Folder::new(job, &keys, memory, report);
+    let state = protocol::open_state(owner, &mut folder).await?;
+    Ok((keys, state))
+}
+
 /// How a job's records are read.
-pub(super) fn reader_options(job: &Job) -> ReaderOptions {
+pub(super) fn reader_options(job: &Job, options: &RunOptions) -> ReaderOptions {
     let headers = job.decode.columns.iter().any(|column| matches!(column.from, ColumnSource::Header(_)));
-    ReaderOptions { headers, ..ReaderOptions::default() }
+    let stall_after = options.stall_after.unwrap_or(STALL_AFTER_DEFAULT);
+    ReaderOptions { headers, stall_after, ..ReaderOptions::default() }
 }
 
 /// The summary of a run that found nothing to do.

@@ -75,6 +75,16 @@ pub fn interrupted() -> Stop {
     )
 }
 
+/// A signal asked a requeue of dead letters to end.
+pub fn requeue_interrupted() -> Stop {
+    Stop::new(
+        Reason::Interrupted,
+        "interrupted by a signal",
+        "letters that were decoded again are committed and marked; to go on with the others:\n  tidemill dead-letters \
+         requeue JOB",
+    )
+}
+
 /// Catalog and warehouse.
 pub fn catalog(error: CatalogError) -> Stop {
     let reason = error.reason();

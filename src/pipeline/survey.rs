@@ -18,7 +18,7 @@ use crate::commit::request;
 use crate::commit::side::{self, Role};
 use crate::dedup;
 use crate::fingerprint::KeyEncoder;
-use crate::job::Job;
+use crate::job::{Job, StartPosition};
 use crate::memory::MemoryPlan;
 use crate::mutant;
 use crate::offset::{NextOffset, TopicId, TopicPartition};
@@ -185,6 +185,27 @@ impl Survey {
                 })
                 .collect()),
         }
+    }
+}
+
+impl Survey {
+    /// Where a job whose ledger is lost begins once more: no later than it began at first, as far as the broker still has it.
+    ///
+    /// # Errors
+    /// The broker does not answer.
+    pub fn starts_again(&self, job: &Job) -> Result<BTreeMap<TopicPartition, NextOffset>, Stop> {
+        let named = match &job.source.start {
+            StartPosition::Timestamp(_) => return self.starts(job, None),
+            StartPosition::Offsets(named) => Some(named),
+            // What was the end at the first start is known to nobody any more.
+            StartPosition::Earliest | StartPosition::Latest => None,
+        };
+        let start = |(name, range): (&TopicPartition, &OffsetRange)| {
+            let named = named.and_then(|named| named.get(&name.topic)?.get(&name.partition));
+            let named = named.map_or(range.low, |offset| NextOffset::at(*offset));
+            (name.clone(), named.clamp(range.low, range.end))
+        };
+        Ok(self.offsets.iter().map(start).collect())
     }
 }
 

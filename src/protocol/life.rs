@@ -18,7 +18,8 @@ use uuid::Uuid;
 use super::owner::{Owner, side_record};
 use super::world::{FileOf, Tables, World};
 use crate::commit::ledger::{
-    self, BucketRecord, Cursor, DedupRecord, EraRecord, Kind, LIVE_LANE, LaneState, LedgerRecord, Tail,
+    self, BucketRecord, Cursor, DedupRecord, EraRecord, Kind, LIVE_LANE, LaneState, LedgerRecord,
+    RequeueLane, Tail,
 };
 use crate::commit::savepoint;
 use crate::commit::side::Role;
@@ -156,6 +157,8 @@ pub(crate) struct Cut {
     pub(crate) watermark: Option<EventTimeMs>,
     /// Every topic partition of the lane in this life.
     pub(crate) reached: Vec<Reached>,
+    /// How far dead letters were taken, of those that are decoded again.
+    pub(crate) requeue: Option<RequeueLane>,
     /// Whether this life takes no microbatch after it.
     pub(crate) last: bool,
 }
@@ -193,14 +196,9 @@ pub(crate) trait Life {
 
     fn state(&mut self) -> &mut Self::State;
 
-    /// Whether the ledger still trails what this life is to read.
-    fn has_more(&self) -> bool;
-
     /// Takes up what others ask, and chooses the lane of the next microbatch; false if there is none. No microbatch is open,
     /// and no side table is owed a file.
-    async fn turn(&mut self) -> Result<bool, Stop> {
-        Ok(self.has_more())
-    }
+    async fn turn(&mut self) -> Result<bool, Stop>;
 
     /// Keeps the tables small where that is due. No microbatch is open, and no side table is owed a file.
     async fn maintain(&mut self) -> Result<(), Stop> {
@@ -208,7 +206,7 @@ pub(crate) trait Life {
     }
 
     /// Reads a microbatch, decides its rows and writes its data files; `None` if the life was asked to end before
-    /// anything was read.
+    /// anything was read, or what was read of a lane other than live is put off.
     async fn build(&mut self) -> Result<Option<Built<FileOf<Self::World>>>, Stop>;
 
     /// Commits a microbatch; gives the number of requests. What is read of the next one meanwhile is neither probed nor
@@ -380,6 +378,7 @@ fn next_record<W: World>(
         jumps: Vec::new(),
         batch_generation: None,
         batch_lane: Some(cut.lane.clone()).filter(|lane| lane != LIVE_LANE),
+        requeue: cut.requeue.clone(),
         ..before.clone()
     };
     for (role, table) in &owner.sides {

@@ -5,13 +5,18 @@
 //! Order of durable steps: the lock file names the owner, synced, before the fence is sent; a crash between the two
 //! leaves a ledger that names the owner before, whom the lock file knows too.
 
-use std::collections::BTreeMap;
+mod head;
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use iceberg::TableIdent;
 use iceberg::spec::TableMetadata;
 use serde_json::Value;
 use uuid::Uuid;
+
+use head::{Expected, head_carries, kin};
 
 use super::side;
 use super::start::{self, Allow, Facts, LeaseVerdict, Start};
@@ -32,6 +37,8 @@ use crate::stop::{Reason, Stop};
 
 /// A lease holds so many heartbeats: two may fail to come before others believe in a death (R9).
 const LEASE_HEARTBEATS: u32 = 3;
+/// Heads of a table whose history was expired past our record that one commit looks for rows in.
+const LOOKS_MAX: u32 = 8;
 /// How long the head must stand still before an expired lease is believed.
 const HEAD_STILL_TIME: Duration = Duration::from_secs(2);
 
@@ -177,15 +184,31 @@ fn refuse_lost_list(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop
 /// Loads a table that is known. One that was made anew under its name is not it, and must not get into the ledger.
 async fn load_again<T: Tables>(tables: &T, table: &TableIdent, known: &T::Table) -> Result<T::Table, Stop> {
     let again = load(tables, table).await?;
-    let (expected, found) = (T::metadata(known).uuid(), T::metadata(&again).uuid());
+    same_table(table, T::metadata(known), T::metadata(&again))?;
+    Ok(again)
+}
+
+fn same_table(table: &TableIdent, known: &TableMetadata, again: &TableMetadata) -> Result<(), Stop> {
+    let (expected, found) = (known.uuid(), again.uuid());
     if expected == found {
-        return Ok(again);
+        return Ok(());
     }
     Err(Stop::new(
         Reason::TableReplaced,
         format!("table {table} was replaced: uuid {found} where {expected} was expected"),
         "every batch before is committed; put the table back under its name, then:\n  tidemill run JOB",
     ))
+}
+
+/// Marks of side tables as a start has judged them; of a table that was not there, none.
+type Marks = BTreeMap<Role, Option<SideMark>>;
+
+fn marks<W: World>(terms: &Terms, sides: &BTreeMap<Role, TableOf<W>>) -> Result<Marks, Stop> {
+    let mark = |(role, table): (&Role, &TableOf<W>)| {
+        let mark = side_mark::inspect(W::Tables::metadata(table));
+        Ok((*role, mark.map_err(|error| stops::ledger(&terms.sides[role], error))?))
+    };
+    sides.iter().map(mark).collect()
 }
 
 /// What a fence says beside the record that it copies.
@@ -224,6 +247,7 @@ pub(crate) struct Owner<W: World> {
 impl<W: World> Owner<W> {
     /// Fences: the first commit of this process, epoch + 1. A first run's fence records its start offsets.
     pub(crate) async fn take(mut world: W, mut fence: Fence<TableOf<W>>) -> Result<Self, Stop> {
+        let judged = marks::<W>(world.terms(), &fence.heads.1)?;
         let (main, sides) = world.ensure_tables(std::mem::take(&mut fence.heads)).await?;
         let id = world.tables().new_id();
         let Fence { record, topic_ids, .. } = &fence;
@@ -236,7 +260,9 @@ impl<W: World> Owner<W> {
             }
             None => first_record(&world, &main, &sides, &fence)?,
         };
-        let known = mutant!("local-epoch-rules", 0 => fenced.epoch).max(world.epoch_max());
+        let is_ours = |mark: &&SideMark| mark.job_id == fenced.job_id;
+        let marked = judged.values().flatten().filter(is_ours).map(|mark| mark.epoch).max().unwrap_or(0);
+        let known = mutant!("local-epoch-rules", 0 => fenced.epoch).max(world.epoch_max()).max(marked);
         let epoch = known + mutant!("fence-keeps-epoch", 0 => 1);
         crate::crash_point!("tables_ready");
         mutant!("lock-line-left-out", () => world.record_owner(id, epoch).await?);
@@ -250,7 +276,7 @@ impl<W: World> Owner<W> {
         mutant!("no-fence", 0 => owner.commit(fence, Vec::new()).await?);
         owner.world.reach("fenced");
         owner.learn_topics(topic_ids);
-        if let Err(stop) = owner.settle().await {
+        if let Err(stop) = owner.settle(&judged).await {
             owner.release_after(&stop).await;
             return Err(stop);
         }
@@ -258,19 +284,23 @@ impl<W: World> Owner<W> {
     }
 
     /// What an owner sees to before it reads: side tables, new columns.
-    async fn settle(&mut self) -> Result<(), Stop> {
+    async fn settle(&mut self, judged: &Marks) -> Result<(), Stop> {
         // They were loaded before the fence, and the owner before may have written since.
         for role in self.roles() {
             self.reload_side(role).await?;
         }
+        self.claim_sides(judged).await?;
         self.set_sides_back().await?;
         mutant!("start-forgets-debt", () => self.forward_sides().await?);
-        self.claim_sides().await?;
+        // A table that was made anew meanwhile is not the one that got its columns.
         if let Some(main) = self.world.add_columns(None, &self.main).await? {
+            same_table(&self.world.terms().main, self.main_metadata(), W::Tables::metadata(&main))?;
             self.main = main;
         }
         for role in self.roles() {
             if let Some(table) = self.world.add_columns(Some(role), self.side(role)).await? {
+                let known = W::Tables::metadata(self.side(role));
+                same_table(self.side_ident(role), known, W::Tables::metadata(&table))?;
                 self.sides.insert(role, table);
             }
         }
@@ -339,7 +369,9 @@ impl<W: World> Owner<W> {
                 overwrite => side::claim(tables, ident, metadata.uuid(), &mark, &found, overwrite).await,
             },
         };
-        done.map_err(|error| stops::side(error, self.committing()))?;
+        if let Err(error) = done {
+            return Err(self.side_failed(error).await);
+        }
         self.reload_side(role).await?;
         if !fits && let Some(side) = self.record.sides.get_mut(role.name()) {
             // It had the files of this batch before it had those of a later one (R10).
@@ -397,16 +429,17 @@ impl<W: World> Owner<W> {
             ..next
         };
         let metadata = self.main_metadata();
-        let (expected, base) = (self.record.attempt, metadata.current_snapshot_id());
         let ids = (!files.is_empty()).then_some((next.schema_id, next.spec_id));
-        let sequence_number = self.sequence_number;
-        let ids = mutant!("schema-not-asserted", None => ids);
-        // Only the fence of a replay goes onto a table that was rolled back.
-        let replays = !self.owned && self.record.sides_back_to.is_some();
-        let judge = move |metadata: &TableMetadata| {
-            head_carries(metadata, expected, sequence_number, base, ids, replays)
+        let mut expected = Expected {
+            attempt: self.record.attempt,
+            sequence_number: self.sequence_number,
+            base: metadata.current_snapshot_id(),
+            ids: mutant!("schema-not-asserted", None => ids),
+            // Only the fence of a replay goes onto a table that was rolled back.
+            replays: !self.owned && self.record.sides_back_to.is_some(),
+            kin: kin(metadata, self.record.attempt, !self.owned),
+            looked_at: None,
         };
-        let guard = move |metadata: &TableMetadata| mutant!("blind-rebase", Ok(()) => judge(metadata));
         let request = Request {
             table: self.world.terms().main.clone(),
             table_uuid: metadata.uuid(),
@@ -420,9 +453,25 @@ impl<W: World> Owner<W> {
         };
         let request = request.with(upkeep);
         let committing = Committing { epoch: next.epoch, kind: next.kind, ..self.committing() };
-        let landed = switch(tables, &request, &guard, &|| self.world.reach("main_sent"))
-            .await
-            .map_err(|error| stops::switch(error, committing))?;
+        let is_sent = Cell::new(false);
+        let sending = || {
+            is_sent.set(true);
+            self.world.reach("main_sent");
+        };
+        let mut looks = 0;
+        let landed = loop {
+            let guard = |metadata: &TableMetadata| mutant!("blind-rebase", Ok(()) => head_carries(metadata, &expected));
+            let ended = switch(tables, &request, &guard, &sending).await;
+            match ended {
+                Err(SwitchError::Moved { metadata, .. })
+                    if !is_sent.get() && looks < LOOKS_MAX && expected.is_doubtful(&metadata) =>
+                {
+                    expected.looked_at = self.look_for_rows().await?;
+                    looks += 1;
+                }
+                ended => break ended.map_err(|error| stops::switch(error, committing))?,
+            }
+        };
         self.world.reach("main_landed");
         self.sequence_number = ledger::sequence_number_of(W::Tables::metadata(&landed.table), next.attempt);
         self.main = landed.table;
@@ -432,9 +481,37 @@ impl<W: World> Owner<W> {
         Ok(landed.sends)
     }
 
+    /// Looks for the rows of the last batch that had any in main, whose history was expired past our record: were they rolled
+    /// back before, nothing else tells. Gives the snapshot that has them.
+    async fn look_for_rows(&self) -> Result<Option<i64>, Stop> {
+        let (main, batch) = (&self.world.terms().main, self.record.last_batch_with_rows);
+        let table = load_again::<W::Tables>(self.world.tables(), main, &self.main).await?;
+        if batch > 0
+            && mutant!("live-owner-trusts-cut-off", false => !self.world.has_rows_of(&table, batch).await?)
+        {
+            return Err(Stop::new(
+                Reason::TableRolledBack,
+                format!(
+                    "table {main} was rolled back and its history expired: the rows of batch {batch} are not in it"
+                ),
+                format!(
+                    "nothing was written on it; to see more:\n  tidemill plan {}",
+                    self.world.terms().job_shown
+                ),
+            ));
+        }
+        self.world.reach("rows_looked_up");
+        Ok(W::Tables::metadata(&table).current_snapshot_id())
+    }
+
     /// Lets the next commit remove a request, whose answer that commit carries: both land, or neither.
     pub(crate) fn answer(&mut self, property: String) {
         self.answered.push(property);
+    }
+
+    /// Whether requests wait for a commit that takes them away.
+    pub(crate) fn has_answers(&self) -> bool {
+        !self.answered.is_empty()
     }
 
     /// How long this owner may be silent before others call it dead.
@@ -468,16 +545,37 @@ impl<W: World> Owner<W> {
         self.put(next, Vec::new(), Some(upkeep)).await.map(|_| ())
     }
 
-    /// As [`Owner::keep_up_main`] for a side table, with its mark.
+    /// As [`Owner::keep_up_main`] for a side table that was found with this mark. It is marked with the own epoch, so that
+    /// the mark says by whom the head was moved last.
     pub(crate) async fn keep_up_side(
         &mut self,
         role: Role,
-        mark: &SideMark,
+        found: &SideMark,
         upkeep: Upkeep,
     ) -> Result<(), Stop> {
         let (tables, ident) = (self.world.tables(), self.side_ident(role));
         let uuid = W::Tables::metadata(self.side(role)).uuid();
-        if let Err(error) = side::keep_up(tables, ident, uuid, mark, upkeep).await {
+        let mark = SideMark { epoch: self.record.epoch, ..found.clone() };
+        if let Err(error) = side::keep_up(tables, ident, uuid, &mark, found, upkeep).await {
+            return Err(self.side_failed(error).await);
+        }
+        self.reload_side(role).await
+    }
+
+    /// Moves the head of a side table of this job, unless a commit of this epoch has done so: no request that was sent
+    /// before can land on it any more.
+    pub(crate) async fn fence_side(&mut self, role: Role) -> Result<(), Stop> {
+        let (tables, ident) = (self.world.tables(), self.side_ident(role));
+        let metadata = W::Tables::metadata(self.side(role));
+        let found = side_mark::inspect(metadata).map_err(|error| stops::ledger(ident, error))?;
+        let Some(mark) = found.clone().filter(|mark| mark.job_id == self.record.job_id) else {
+            return Ok(());
+        };
+        if mutant!("side-not-fenced", true => mark.epoch == self.record.epoch) {
+            return Ok(());
+        }
+        let mark = SideMark { epoch: self.record.epoch, ..mark };
+        if let Err(error) = side::claim(tables, ident, metadata.uuid(), &mark, &found, None).await {
             return Err(self.side_failed(error).await);
         }
         self.reload_side(role).await
@@ -514,9 +612,10 @@ impl<W: World> Owner<W> {
         }
     }
 
-    /// Marks side tables that do not follow this job yet, so that no other job takes them. The start table has let only
-    /// unmarked ones through, and those of this very job and main table under an earlier id.
-    async fn claim_sides(&mut self) -> Result<(), Stop> {
+    /// Marks side tables that do not follow this ledger yet, so that no other takes them. The start table has let only
+    /// unmarked ones through, and those of this very job and main table under another id. Of one whose rows have keys it
+    /// has judged the rows too: none has come to it since if its mark is the same.
+    async fn claim_sides(&mut self, judged: &Marks) -> Result<(), Stop> {
         for role in self.roles() {
             let (tables, ident) = (self.world.tables(), self.side_ident(role));
             let metadata = W::Tables::metadata(self.side(role));
@@ -524,7 +623,12 @@ impl<W: World> Owner<W> {
             if mark.as_ref().is_some_and(|mark| mark.job_id == self.record.job_id) {
                 continue;
             }
-            let claimed = side::claim(tables, ident, metadata.uuid(), &self.mark(role), &mark, None).await;
+            let is_judged = judged.get(&role).is_some_and(|judged| *judged == mark) || mark.is_none();
+            if mutant!("claims-what-was-not-judged", false => role.holds_keys() && !is_judged) {
+                return Err(stops::side_went_on(ident, role));
+            }
+            let first = self.first_mark(role, metadata)?;
+            let claimed = side::claim(tables, ident, metadata.uuid(), &first, &mark, None).await;
             if let Err(error) = claimed {
                 return Err(self.side_failed(error).await);
             }
@@ -532,6 +636,26 @@ impl<W: World> Owner<W> {
             self.reload_side(role).await?;
         }
         Ok(())
+    }
+
+    /// What a table is claimed with. Where the last record owes it files, and it did not get them before another ledger of
+    /// this job marked it, the mark says that it still lacks them.
+    fn first_mark(&self, role: Role, metadata: &TableMetadata) -> Result<SideMark, Stop> {
+        let mark = self.mark(role);
+        if !self.record.sides.get(role.name()).is_some_and(|side| side.owed) {
+            return Ok(mark);
+        }
+        match side_mark::newest_of(metadata, self.record.job_id) {
+            Some(Some(own)) if own.batch >= mark.batch => Ok(mark),
+            Some(_) if mutant!("claim-forgets-debt", true => false) => Ok(mark),
+            Some(_) => Ok(SideMark { batch: mark.batch.saturating_sub(1), generation: None, ..mark }),
+            None => {
+                let found = side_mark::inspect(metadata).ok().flatten();
+                let found = found.map_or(self.record.job_id, |mark| mark.job_id);
+                let (table, expected) = (self.side_ident(role).to_string(), self.record.job_id);
+                Err(stops::side(SideError::OtherJob { table, found, expected }, self.committing()))
+            }
+        }
     }
 
     /// Gives each side table the files that the last record owes it.
@@ -599,16 +723,26 @@ impl<W: World> Owner<W> {
     /// A side table that went on without us follows another owner, or main was rolled back: main's head tells which.
     async fn side_failed(&self, error: SideError) -> Stop {
         let went_on = match &error {
-            SideError::Ahead { .. } => true,
+            SideError::Ahead { .. } | SideError::OtherJob { .. } => true,
             SideError::Switch { source, .. } => matches!(source, SwitchError::Moved { .. }),
             _ => false,
         };
         let main = &self.world.terms().main;
         if went_on && let Ok(table) = self.world.tables().load(main).await {
             let metadata = W::Tables::metadata(&table);
-            if let Err(found) =
-                head_carries(metadata, self.record.attempt, self.sequence_number, None, None, false)
-            {
+            if let Err(replaced) = same_table(main, self.main_metadata(), metadata) {
+                return replaced;
+            }
+            let expected = Expected {
+                attempt: self.record.attempt,
+                sequence_number: self.sequence_number,
+                base: None,
+                ids: None,
+                replays: false,
+                kin: BTreeSet::new(),
+                looked_at: metadata.current_snapshot_id(),
+            };
+            if let Err(found) = head_carries(metadata, &expected) {
                 let metadata = Box::new(metadata.clone());
                 let moved = SwitchError::Moved { table: main.to_string(), found, metadata };
                 return stops::switch(moved, self.committing());
@@ -655,51 +789,6 @@ impl<W: World> Owner<W> {
         }
         self.world.reach("released");
         outcome
-    }
-}
-
-/// Whether the head still carries the record that the next commit builds on, and, if files are appended, the schema
-/// and spec they were written with. Where the record's snapshot was expired, what is left must have come after it: else
-/// the table was rolled back to a snapshot of others, which has lost its ancestors too.
-fn head_carries(
-    metadata: &TableMetadata,
-    expected: Uuid,
-    sequence_number: i64,
-    base: Option<i64>,
-    ids: Option<(i32, i32)>,
-    replays: bool,
-) -> Result<(), String> {
-    let found = ledger::inspect(metadata).map_err(|error| error.to_string())?;
-    let is_expected = |now: Uuid| mutant!("later-head-accepted", now >= expected => now == expected);
-    match found {
-        Found::Nothing if expected.is_nil() => {
-            if metadata.current_snapshot_id() != base {
-                return Err("another writer committed before the first fence".to_owned());
-            }
-        }
-        Found::Record(record) if is_expected(record.attempt) => {}
-        Found::CutOff(record) if is_expected(record.attempt) => {
-            if !ledger::came_after(metadata, sequence_number) {
-                return Err("it was rolled back, and what lay below was expired".to_owned());
-            }
-        }
-        Found::RolledBack { older: Some(older), .. } if replays && older.attempt == expected => {}
-        Found::Nothing => return Err("its ledger record is gone".to_owned()),
-        Found::Record(record) | Found::CutOff(record) => {
-            return Err(format!(
-                "it is at epoch {} batch {} of owner {}",
-                record.epoch, record.batch, record.owner
-            ));
-        }
-        Found::RolledBack { .. } => return Err("it was rolled back".to_owned()),
-    }
-    let now = (metadata.current_schema_id(), metadata.default_partition_spec_id());
-    match ids {
-        Some(written) if written != now => Err(format!(
-            "its schema and spec are now {} and {}, the files were written with {} and {}",
-            now.0, now.1, written.0, written.1
-        )),
-        _ => Ok(()),
     }
 }
 

@@ -6,16 +6,21 @@
 //! are the ledger's own JSON: only the bytes of data files are left out.
 //!
 //! ```text
-//! TIDEMILL_SIMULATOR_SEEDS=N     how many seeds (2500)
+//! TIDEMILL_SIMULATOR_SEEDS=N     how many seeds (20000)
 //! TIDEMILL_SIMULATOR_FIRST=N     the first of them (0)
 //! TIDEMILL_SIMULATOR_TRACE=1     print what happens: for one seed
 //! ```
 
+mod catalog;
 mod chaos;
 mod exhaustive;
 mod oracles;
 mod process;
+mod reading;
+mod scenes;
+mod state;
 mod universe;
+mod world;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,11 +32,11 @@ use chaos::Chaos;
 use crate::figures;
 
 /// Seeds of the default run.
-const SEEDS: u64 = 2_500;
+const SEEDS: u64 = 20_000;
 /// From so many seeds on everything in [`MUST_HAPPEN`] has to have happened.
 const SEEDS_THAT_TELL: u64 = 5_000;
 /// Faults, foreign hands, stops and outcomes without which an oracle would have slept.
-const MUST_HAPPEN: [&str; 68] = [
+const MUST_HAPPEN: [&str; 69] = [
     "BUSY",
     "CATALOG_AWAY",
     "CLUSTER_CHANGED",
@@ -75,6 +80,7 @@ const MUST_HAPPEN: [&str; 68] = [
     "held request landed",
     "held request refused",
     "job edited: settings",
+    "ledger begun beside rows of others",
     "ledger property removed",
     "log truncated",
     "main maintained by its owner",

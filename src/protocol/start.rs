@@ -145,21 +145,28 @@ fn judge_without_ledger(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> 
     let is_others = |side: &SideFacts<'_>| {
         side.mark.as_ref().is_some_and(|mark| !mark.is_of(facts.job_name, facts.table))
     };
-    if let Some((role, side)) = facts.sides.iter().find(|(_, side)| is_others(side)) {
+    let followed = facts.sides.iter().filter(|(_, side)| is_others(side));
+    if let Some((role, side, mark)) =
+        followed.filter_map(|(role, side)| Some((role, side, side.mark.as_ref()?))).next()
+    {
         return Err(Stop::new(
             Reason::OtherJob,
             format!(
-                "table {} has no ledger yet, and {} {} follows another job",
+                "table {} has no ledger yet, and {} {} follows job {:?} of table {}",
                 facts.table,
                 role.table_in_words(),
-                side.table
+                side.table,
+                mark.job_name,
+                mark.main
             ),
             format!(
                 "nothing was read or written; its rows stay; write this job's to a table of their own:\n  \
-                 tidemill run {} --set {}={}_2",
+                 tidemill run {} --set {}={}_2\n\
+                 or, if the job was only renamed, name it {:?} again",
                 facts.job_shown,
                 role.setting(),
-                side.table
+                side.table,
+                mark.job_name
             ),
         ));
     }
@@ -334,8 +341,13 @@ fn side_follows(
 ) -> Result<(), Stop> {
     let words = role.table_in_words();
     let is_ours = side.mark.as_ref().is_some_and(|mark| mark.job_id == record.job_id);
-    // A ledger that began on tables with rows has named them as not its own, and then claims the table.
-    let begins = record.others.as_ref().is_some_and(|others| others.batch_max == record.batch);
+    // A ledger that began on tables with rows has named them as not its own, and then claims the table. What another ledger
+    // of the job brought to it since has higher numbers.
+    let is_counted = |batch_max| side.mark.as_ref().is_none_or(|mark| mark.batch <= batch_max);
+    let begins = record.others.as_ref().is_some_and(|others| {
+        others.batch_max == record.batch
+            && mutant!("rows-of-others-counted-as-ours", true => is_counted(others.batch_max))
+    });
     let is_known = (is_ours || begins) && record.sides.contains_key(role.name());
     if role.holds_keys() && side.rows > 0 && !is_known {
         return Err(Stop::new(
@@ -546,7 +558,7 @@ pub fn busy(table: &str, owner: Option<Uuid>, until_ms: Option<i64>, job_shown: 
 mod tests {
     use super::*;
     use crate::commit::ledger::tests::record;
-    use crate::commit::ledger::{DedupRecord, SideRecord};
+    use crate::commit::ledger::{DedupRecord, Others, SideRecord};
     use crate::offset::NextOffset;
 
     fn held(low: i64, end: i64) -> OffsetRange {
@@ -672,12 +684,49 @@ mod tests {
     }
 
     #[test]
+    fn a_late_table_is_claimed_with_the_rows_that_a_new_ledger_has_counted_and_with_no_later_ones() {
+        let mut begun = record();
+        let others = Others { batch_max: begun.batch, adopted: false, buckets: Vec::new() };
+        begun.others = Some(others);
+        let uuid = Uuid::from_u128(3);
+        let known = SideRecord {
+            table: "events.n_late".into(),
+            uuid,
+            files: None,
+            schema_id: 0,
+            spec_id: 0,
+            owed: false,
+        };
+        begun.sides.insert("late".into(), known);
+        let batch = begun.batch;
+        let mut case = case(Found::Record(Box::new(begun)));
+        for (marked, reason) in [(batch - 1, None), (batch, None), (batch + 1, Some(Reason::TableNotEmpty))] {
+            let earlier = SideMark {
+                job_name: "n".into(),
+                main: "events.n".into(),
+                role: "late".into(),
+                ..mark(Uuid::from_u128(8), marked, Some("old"))
+            };
+            let late = SideFacts {
+                table: "events.n_late".into(),
+                uuid: Some(uuid),
+                mark: Some(earlier),
+                rows: 5,
+                metadata: None,
+            };
+            case.sides.insert(Role::Late, late);
+            assert_eq!(judged(&case, Allow::default()).err().map(|stop| stop.reason), reason, "{marked}");
+        }
+    }
+
+    #[test]
     fn a_first_run_does_not_take_the_dead_letter_table_of_another_job() {
         let mut case = case(Found::Nothing);
         case.dead().mark = Some(mark(Uuid::from_u128(8), 1, None));
         let (reason, way_out) = stops_with(&case);
         assert_eq!(reason, Reason::OtherJob);
         assert!(way_out.contains("--set sink.iceberg.dead_letters.table=events.n_dead_letters_2"));
+        assert!(way_out.contains("name it \"other\" again"), "{way_out}");
     }
 
     #[test]

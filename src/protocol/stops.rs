@@ -4,7 +4,7 @@ use iceberg::TableIdent;
 
 use crate::catalog::reason_of;
 use crate::commit::ledger::{Kind, LedgerError, LedgerRecord};
-use crate::commit::side::SideError;
+use crate::commit::side::{Role, SideError};
 use crate::commit::switch::SwitchError;
 use crate::stop::{Reason, Stop};
 
@@ -203,6 +203,18 @@ fn moved(
             format!("{}; {RUN_AGAIN}", committing.unseen()),
         ),
     }
+}
+
+/// A side table that another ledger of the job wrote to while this one began.
+pub(super) fn side_went_on(table: &TableIdent, role: Role) -> Stop {
+    Stop::new(
+        Reason::TableChanged,
+        format!(
+            "{} {table} was written to by another ledger of this job while this run began",
+            role.table_in_words()
+        ),
+        format!("no event was read; {RUN_AGAIN}"),
+    )
 }
 
 /// A side table that could not follow.

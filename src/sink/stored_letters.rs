@@ -2,15 +2,15 @@
 //!
 //! A letter that was decoded again is marked by a second row of its place, `kind` = [`KIND_REQUEUED`]; the first one stays.
 //!
-//! Bounds: [`Tally`] holds a line per reason and the places of marks; [`waiting`] holds 56 bytes per letter; [`fetch`] holds
-//! the letters that it is asked for.
+//! Bounds: [`Tally`] holds a line per reason and the places of marks; [`waiting`] holds 56 bytes per letter; [`fetch`] and
+//! [`find`] hold the letters that they are asked for, and no other's bytes.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{Int32Type, Int64Type, TimestampMicrosecondType};
 use futures::TryStreamExt;
-use iceberg::expr::Reference;
+use iceberg::expr::{Predicate, Reference};
 use iceberg::spec::Datum;
 use iceberg::table::Table;
 use serde::Serialize;
@@ -121,9 +121,14 @@ fn head_at(batch: &RecordBatch, row: usize) -> Option<Option<Head>> {
     }))
 }
 
-async fn heads(table: &Table, snapshot_id: Option<i64>, take: &mut dyn FnMut(Head)) -> Result<(), ScanError> {
+async fn heads(
+    table: &Table,
+    snapshot_id: Option<i64>,
+    filter: Option<Predicate>,
+    take: &mut dyn FnMut(Head),
+) -> Result<(), ScanError> {
     let columns = HEAD_COLUMNS.map(str::to_owned);
-    let mut batches = scan::scan(table, snapshot_id, &columns, None).await?;
+    let mut batches = scan::scan(table, snapshot_id, &columns, filter).await?;
     while let Some(batch) = batches.try_next().await? {
         for row in 0..batch.num_rows() {
             let head =
@@ -140,11 +145,11 @@ async fn heads(table: &Table, snapshot_id: Option<i64>, take: &mut dyn FnMut(Hea
 /// [`ScanError`] when the table can not be read.
 pub async fn tally(table: &Table) -> Result<Vec<Tally>, ScanError> {
     let mut marks = HashSet::new();
-    heads(table, None, &mut |head| _ = head.is_mark.then(|| marks.insert(head.place))).await?;
+    heads(table, None, None, &mut |head| _ = head.is_mark.then(|| marks.insert(head.place))).await?;
     // Waiting, requeued, and the first and last place with its topic.
     type OfReason = (u64, u64, [(LetterPlace, String); 2]);
     let mut reasons: BTreeMap<String, OfReason> = BTreeMap::new();
-    heads(table, None, &mut |head| {
+    heads(table, None, None, &mut |head| {
         if head.is_mark {
             return;
         }
@@ -184,7 +189,7 @@ pub async fn waiting(
     reason: Option<&str>,
 ) -> Result<Vec<Waiting>, ScanError> {
     let (mut marks, mut letters) = (HashSet::new(), Vec::new());
-    heads(table, snapshot_id, &mut |head| {
+    heads(table, snapshot_id, None, &mut |head| {
         if head.is_mark {
             marks.insert(head.place);
         } else if reason.is_none_or(|reason| reason == head.reason)
@@ -216,7 +221,9 @@ pub async fn fetch(
         .await
 }
 
-/// Letters of one reason, or of one topic partition and offset, at most `most` of them, in the order of their places.
+/// Letters of one reason, or of one topic partition and offset: the first `most` in the order of their places.
+///
+/// Reads the places of all of them, and the bytes of those alone that it gives.
 ///
 /// # Errors
 /// [`ScanError`] when the table can not be read.
@@ -237,15 +244,26 @@ pub async fn find(
             .and(Reference::new("partition").equal_to(Datum::int(partition)))
             .and(Reference::new("offset").equal_to(Datum::long(offset)));
     }
-    let mut found = read(table, None, Some(filter), &mut |_| true).await?;
-    found.truncate(most);
-    Ok(found)
+    let mut first = BTreeSet::new();
+    heads(table, None, Some(filter.clone()), &mut |head| {
+        first.insert(head.place);
+        if first.len() > most {
+            first.pop_last();
+        }
+    })
+    .await?;
+    if first.is_empty() {
+        return Ok(Vec::new());
+    }
+    let places: Vec<LetterPlace> = first.into_iter().collect();
+    let filter = filter.and(predicate_of(&places));
+    read(table, None, Some(filter), &mut |place| places.binary_search(place).is_ok()).await
 }
 
 async fn read(
     table: &Table,
     snapshot_id: Option<i64>,
-    filter: Option<iceberg::expr::Predicate>,
+    filter: Option<Predicate>,
     is_asked: &mut dyn FnMut(&LetterPlace) -> bool,
 ) -> Result<Vec<StoredLetter>, ScanError> {
     let columns = ["topic", "topic_id", "partition", "offset", "index", "kafka_timestamp", "key", "payload"];

@@ -484,7 +484,7 @@ pub(super) fn not_authorized(topic: &str, code: RDKafkaErrorCode) -> SourceError
     }
 }
 
-fn code_of(error: &KafkaError) -> RDKafkaErrorCode {
+pub(super) fn code_of(error: &KafkaError) -> RDKafkaErrorCode {
     error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)
 }
 

@@ -10,6 +10,9 @@
 //! error to application and continue"; seen with one flipped byte in a segment of Kafka 4.3.1). The report stands in
 //! the queue before anything that follows the gap, so nothing of that is taken: the client is thrown away and a new
 //! one reads from the next offset again, at most [`REREADS_MAX`] times without progress.
+//!
+//! Invariant: a fault that was reported has left its queue, so no queue outlives it. Whoever reads on after an error reads
+//! with a new client from the same positions, and meets the same fault again, never what stands behind it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
-use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -26,7 +29,7 @@ use crate::offset::{NextOffset, TopicPartition};
 use crate::record::{RecordChunk, RecordParts};
 use crate::source::client::{Context, KafkaClient};
 use crate::source::config::{QueueSizes, wait_at_the_end};
-use crate::source::connection::{Connection, client_error, is_unknown_topic, not_authorized};
+use crate::source::connection::{Connection, client_error, code_of, is_unknown_topic, not_authorized};
 use crate::source::error::SourceError;
 use crate::source::queue::{Head, PartitionQueue, RecordView, Wake};
 use crate::source::ranges::{Loss, LostRange};
@@ -141,6 +144,8 @@ pub struct Reader {
     // Queues before the client: dropped first.
     slots: Vec<Slot>,
     client: Option<KafkaClient>,
+    /// Whether a client is to be started before anything is read: there was a fault, or none could be started.
+    needs_client: bool,
     wake: Arc<Wake>,
     config: ClientConfig,
     queue_bytes: u64,
@@ -383,8 +388,9 @@ impl Reader {
         let mut reader = Self {
             slots,
             client: None,
+            needs_client: true,
             wake: Arc::new(Wake::default()),
-            config: connection.config.clone(),
+            config,
             queue_bytes: connection.queue_bytes,
             record_bytes_max: connection.record_bytes_max,
             options,
@@ -413,15 +419,14 @@ impl Reader {
 
     /// Starts a client at the slots' positions, in place of the one before, of which no event is ever seen again.
     fn start_client(&mut self) -> Result<(), SourceError> {
+        self.let_client_go();
         for slot in &mut self.slots {
-            slot.keep_tail();
-            slot.queue = None;
             slot.at_end = false;
             slot.moved_at = self.time_read;
         }
-        self.client = None;
         let queues = self.slots.iter().filter(|slot| slot.is_needed()).count();
         if queues == 0 {
+            self.needs_client = false;
             return Ok(());
         }
         let queue_bytes = self.queue_bytes / u64::from(self.options.queue_parts.max(1));
@@ -442,7 +447,22 @@ impl Reader {
         }
         client.consumer().assign(&assignment).map_err(|error| client_error("assigning", &error))?;
         self.client = Some(client);
+        self.needs_client = false;
         Ok(())
+    }
+
+    /// Lets client and queues go, with every event in them. The next read starts a client.
+    fn let_client_go(&mut self) {
+        for slot in &mut self.slots {
+            slot.keep_tail();
+            slot.queue = None;
+        }
+        self.client = None;
+        self.needs_client = true;
+    }
+
+    fn ensure_client(&mut self) -> Result<(), SourceError> {
+        if self.needs_client { self.start_client() } else { Ok(()) }
     }
 
     /// Waits until the last consumed record of every topic partition was compared or found to be gone. Records that
@@ -452,6 +472,7 @@ impl Reader {
     /// [`SourceError::TailDiffers`] lists every topic partition whose record differs; [`SourceError::Stalled`] if
     /// `timeout` passes first; otherwise as [`Reader::read`].
     pub fn verify_tails(&mut self, timeout: Duration) -> Result<(), SourceError> {
+        self.ensure_client()?;
         let begun = Instant::now();
         let mut differing = Vec::new();
         loop {
@@ -520,8 +541,9 @@ impl Reader {
     /// Nothing at or after [`Reader::positions`] was delivered, so a new reader from there goes on.
     /// [`SourceError::OffsetsLost`], [`SourceError::UnknownTopic`], [`SourceError::NotAuthorized`],
     /// [`SourceError::Damaged`], [`SourceError::TailDiffers`]: a person decides. [`SourceError::Stalled`],
-    /// [`SourceError::Away`]: try again later.
+    /// [`SourceError::Away`]: try again later. Whatever it is, the next call meets it again if it lasts.
     pub fn read(&mut self, chunk: &mut RecordChunk, limits: ReadLimits) -> Result<ReadStatus, SourceError> {
+        self.ensure_client()?;
         let status = self.read_in_turns(chunk, limits);
         for slot in &mut self.slots {
             slot.keep_tail();
@@ -534,6 +556,7 @@ impl Reader {
     /// # Errors
     /// As [`Reader::read`].
     pub fn await_record(&mut self, deadline: Instant) -> Result<bool, SourceError> {
+        self.ensure_client()?;
         loop {
             for index in 0..self.slots.len() {
                 if !self.slots[index].is_needed() {
@@ -649,8 +672,17 @@ impl Reader {
         Ok(turn)
     }
 
-    /// Decides on a fault: an error, or a note and another try.
+    /// Decides on a fault: an error, or a note and another try. After an error nothing is read on with this client.
     fn resolve(&mut self, index: usize, fault: Fault) -> Result<(), SourceError> {
+        let decided = self.decide(index, fault);
+        if decided.is_err() {
+            mutant!("reads-on-after-a-fault", () => self.let_client_go());
+        }
+        decided
+    }
+
+    /// All branching on what a fault means.
+    fn decide(&mut self, index: usize, fault: Fault) -> Result<(), SourceError> {
         let slot = &mut self.slots[index];
         let topic_partition = slot.topic_partition.clone();
         let (code, problem) = match fault {
@@ -685,10 +717,11 @@ impl Reader {
     /// An offset was refused: says exactly what is lost, or tries again where nothing is.
     fn out_of_range(&mut self, index: usize, problem: String) -> Result<(), SourceError> {
         let Some(client) = self.client.as_ref() else { return Ok(()) };
-        let slot = &mut self.slots[index];
-        let TopicPartition { topic, partition } = &slot.topic_partition;
+        let TopicPartition { topic, partition } = &self.slots[index].topic_partition;
+        let begun = Instant::now();
         let asked = client.consumer().fetch_watermarks(topic, *partition, RANGE_TIME_MAX);
-        let (low, end) = asked.map_err(|error| client_error("asking for the range of a log", &error))?;
+        let (low, end) = asked.map_err(|error| self.range_unknown(topic, begun.elapsed(), &error))?;
+        let slot = &mut self.slots[index];
         let next = slot.next.get();
         let lost = |from, to, loss| {
             let (from, to) = (NextOffset::at(from), NextOffset::at(to));
@@ -706,6 +739,22 @@ impl Reader {
             slot.unchecked = None;
         }
         self.read_again(index, problem)
+    }
+
+    /// No answer to the question for a range: whatever the client calls it, it says nothing about what is lost.
+    fn range_unknown(&self, topic: &str, waited: Duration, error: &KafkaError) -> SourceError {
+        match code_of(error) {
+            code @ RDKafkaErrorCode::TopicAuthorizationFailed => not_authorized(topic, code),
+            code if is_unknown_topic(code) => {
+                SourceError::UnknownTopic { topic: topic.to_owned(), nearest: Vec::new() }
+            }
+            _ => SourceError::Away {
+                brokers: self.brokers.clone(),
+                doing: "asking for the range of a log",
+                waited,
+                last: error.to_string(),
+            },
+        }
     }
 
     /// Reads again from the next offsets, with a new client, a bounded number of times.
@@ -826,45 +875,4 @@ fn is_full(chunk: &RecordChunk, slot: &Slot, limits: ReadLimits) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn tail(offset: i64, hash: u64) -> Tail {
-        Tail { offset, hash }
-    }
-
-    #[test]
-    fn a_tail_that_was_compacted_away_is_no_difference_and_a_record_in_its_gap_is_one() {
-        let start = NextOffset::at(20);
-        assert!(!differs(tail(10, 7), tail(10, 7), start));
-        assert!(differs(tail(10, 7), tail(10, 8), start));
-        assert!(!differs(tail(10, 7), tail(20, 1), start));
-        assert!(!differs(tail(10, 7), tail(35, 1), start));
-        assert!(differs(tail(10, 7), tail(11, 7), start));
-        assert!(differs(tail(10, 7), tail(19, 1), start));
-    }
-
-    #[test]
-    fn a_tail_hash_tells_null_from_empty_and_key_from_payload() {
-        let hashes = [
-            tail_hash(1, None, None, None),
-            tail_hash(2, None, None, None),
-            tail_hash(1, Some(0), None, None),
-            tail_hash(1, None, Some(b""), None),
-            tail_hash(1, None, None, Some(b"")),
-            tail_hash(1, None, Some(b"a"), Some(b"b")),
-            tail_hash(1, None, Some(b"ab"), Some(b"")),
-            tail_hash(1, None, Some(b""), Some(b"ab")),
-        ];
-        let distinct: std::collections::BTreeSet<_> = hashes.iter().collect();
-        assert_eq!(distinct.len(), hashes.len());
-    }
-
-    #[test]
-    fn the_tail_hash_never_changes_because_ledgers_hold_it() {
-        assert_eq!(tail_hash(42, Some(1_700_000_000_000), Some(b"key"), Some(b"payload")), PINNED);
-    }
-
-    /// From the first release; a change here makes every ledger's tail differ.
-    const PINNED: u64 = 17_878_484_584_324_921_617;
-}
+mod tests;

@@ -4,6 +4,8 @@
 //! real one.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -403,6 +405,138 @@ fn a_damaged_record_batch_is_read_again_and_not_skipped() {
     let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
     let error = reader.read(&mut RecordChunk::default(), limits(100, 1 << 20)).unwrap_err();
     assert!(matches!(&error, SourceError::Damaged { next, reads: 4, .. } if next.get() == 0), "{error:?}");
+}
+
+/// A record batch as brokers keep it, of records with these payloads. `records` is what its head says.
+fn record_batch(base_offset: i64, payloads: &[String], records: i32) -> Vec<u8> {
+    let mut body = Vec::new();
+    for (delta, payload) in payloads.iter().enumerate() {
+        // Attributes, time, offset, no key, payload, no headers; lengths are zigzag and below 64.
+        let zigzag = |number: usize| u8::try_from(2 * number).unwrap();
+        let mut record = vec![0, 0, zigzag(delta), 1, zigzag(payload.len())];
+        record.extend(payload.as_bytes());
+        record.push(0);
+        body.push(zigzag(record.len()));
+        body.extend(record);
+    }
+    let times = [1_700_000_000_000_i64.to_be_bytes(); 2].concat();
+    // Attributes, last offset, times; producer id, its epoch and its first sequence number: none.
+    let checked =
+        [&[0; 2], &(records - 1).to_be_bytes()[..], &times, &[0xff; 14], &records.to_be_bytes(), &body];
+    let checked = checked.concat();
+    let no_epoch = (-1_i32).to_be_bytes();
+    let rest = [&no_epoch, &[2][..], &crc32c(&checked).to_be_bytes(), &checked].concat();
+    [&base_offset.to_be_bytes(), &length_of(&rest)[..], &rest].concat()
+}
+
+fn crc32c(bytes: &[u8]) -> u32 {
+    let shifted = |crc: u32| if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+    !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| shifted(crc)))
+}
+
+fn length_of(bytes: &[u8]) -> [u8; 4] {
+    i32::try_from(bytes.len()).unwrap().to_be_bytes()
+}
+
+/// Appends record batches in one request, byte by byte as they are: Produce version 7, written by hand because no producer
+/// sends a damaged one. The broker believes the head of the first and gives all of them in one answer.
+fn send_bytes(cluster: &Mock, topic: &str, partition: i32, batches: &[u8]) {
+    // No client id, no transaction; written by all.
+    let header = [0_i16, 7, 0, 1, -1, -1, -1].map(i16::to_be_bytes).concat();
+    let name = [&i16::try_from(topic.len()).unwrap().to_be_bytes(), topic.as_bytes()].concat();
+    let counts = [10_000_i32, 1].map(i32::to_be_bytes).concat();
+    let place = [1_i32, partition].map(i32::to_be_bytes).concat();
+    let request = [&header, &counts, &name, &place, &length_of(batches)[..], batches].concat();
+    let mut broker = TcpStream::connect(cluster.bootstrap_servers()).unwrap();
+    broker.set_read_timeout(Some(PATIENCE)).unwrap();
+    broker.write_all(&[&length_of(&request), &request[..]].concat()).unwrap();
+    let mut length = [0; 4];
+    broker.read_exact(&mut length).unwrap();
+    let mut answer = vec![0; usize::try_from(i32::from_be_bytes(length)).unwrap()];
+    broker.read_exact(&mut answer).unwrap();
+    // Correlation id, topics, name, topic partitions, topic partition, then the error.
+    let at = 4 + 4 + name.len() + 4 + 4;
+    assert_eq!(answer[at..at + 2], [0, 0], "the broker took it: {answer:?}");
+}
+
+/// Payloads as [`send`] makes them.
+fn payloads(topic: &str, partition: i32, numbers: std::ops::Range<u32>) -> Vec<String> {
+    numbers.map(|number| format!("{topic}-{partition}-{number}")).collect()
+}
+
+#[test]
+fn record_batches_that_are_written_by_hand_are_read_like_any_other() {
+    let cluster = cluster(&[("t", 1)]);
+    send_bytes(&cluster, "t", 0, &record_batch(0, &payloads("t", 0, 0..15), 15));
+    let connection = connect(&cluster, &["t"]);
+    let plan = plan(&connection, &BTreeMap::new());
+    let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
+    assert_eq!(drain(&mut reader, 100, 1 << 20), expected("t", 0, 0, 0..15));
+}
+
+#[test]
+fn who_reads_on_after_a_damaged_record_batch_meets_it_again_and_never_what_stands_behind_it() {
+    let cluster = cluster(&[("t", 1)]);
+    let sender = producer(cluster.bootstrap_servers());
+    send(&sender, "t", 0, 0..10);
+    let mut batches = record_batch(10, &payloads("t", 0, 10..15), 15);
+    // The last byte of the last payload.
+    let at = batches.len() - 2;
+    batches[at] ^= 1;
+    batches.extend(record_batch(15, &payloads("t", 0, 15..25), 10));
+    send_bytes(&cluster, "t", 0, &batches);
+    let connection = connect(&cluster, &["t"]);
+    let mut plan = plan(&connection, &BTreeMap::new());
+    assert_eq!(plan[0].end.get(), 25);
+    plan[0].end = ReadPlan::no_end();
+    let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
+    let mut chunk = RecordChunk::default();
+    for _ in 0..3 {
+        // In short turns, as it is read while a microbatch is being committed.
+        let error = loop {
+            let deadline = Instant::now() + Duration::from_millis(20);
+            match reader.read(&mut chunk, ReadLimits { deadline, ..limits(100, 1 << 20) }) {
+                Ok(status) => assert_eq!(status, ReadStatus::DeadlinePassed),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(&error, SourceError::Damaged { next, .. } if next.get() == 10), "{error:?}");
+        assert_eq!((chunk.len(), positions(&reader)), (10, vec![10]));
+    }
+    let error = reader.await_record(Instant::now() + PATIENCE).unwrap_err();
+    assert!(matches!(&error, SourceError::Damaged { .. }), "{error:?}");
+}
+
+#[test]
+fn who_reads_on_after_lost_offsets_meets_the_loss_again() {
+    let cluster = cluster(&[("t", 1)]);
+    send(&producer(cluster.bootstrap_servers()), "t", 0, 0..10);
+    let connection = connect(&cluster, &["t"]);
+    let mut plan = plan(&connection, &BTreeMap::new());
+    (plan[0].start, plan[0].end) = (NextOffset::at(12), ReadPlan::no_end());
+    let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
+    for _ in 0..2 {
+        let error = reader.read(&mut RecordChunk::default(), limits(100, 1 << 20)).unwrap_err();
+        assert!(matches!(&error, SourceError::OffsetsLost { .. }), "{error:?}");
+    }
+}
+
+#[test]
+fn a_broker_that_does_not_tell_the_range_of_a_refused_offset_is_away() {
+    let cluster = cluster(&[("t", 1)]);
+    send(&producer(cluster.bootstrap_servers()), "t", 0, 0..10);
+    let connection = connect(&cluster, &["t"]);
+    let plan = plan(&connection, &BTreeMap::new());
+    cluster.request_errors(RDKafkaApiKey::Fetch, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_OFFSET_OUT_OF_RANGE]);
+    cluster.request_errors(
+        RDKafkaApiKey::ListOffsets,
+        &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT; 200],
+    );
+    let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
+    let error = reader.read(&mut RecordChunk::default(), limits(100, 1 << 20)).unwrap_err();
+    let doing = "asking for the range of a log";
+    assert!(matches!(&error, SourceError::Away { doing: found, .. } if *found == doing), "{error:?}");
+    assert_eq!(error.reason(), crate::stop::Reason::SourceAway);
 }
 
 #[test]

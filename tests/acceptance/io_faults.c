@@ -3,7 +3,7 @@
  * Environment
  *   TIDEMILL_IO_BELOW   prefixes of paths that count, separated by colons
  *   TIDEMILL_IO_TRACE   a line per call that counts: its kind and its path; `struck` before it where the fault was given
- *   TIDEMILL_IO_AT      number of the call that fails, from 1 on
+ *   TIDEMILL_IO_AT      number of the call that fails, from 1 on; the next one that the fault fits, where it does not fit that
  *   TIDEMILL_IO_FAULT   eio      the call fails with EIO and does nothing
  *                       enospc   the same with ENOSPC, where a call may ask for space
  *                       full     the same for this call and every later one
@@ -11,7 +11,7 @@
  *                       kill     SIGKILL before the call
  *                       torn     half of a write is done, then SIGKILL
  *
- * A fault that does not fit the call it falls on is not given. Calls that bypass libc (io_uring) are not seen: the
+ * One call is struck, or none where none is left that the fault fits. Calls that bypass libc (io_uring) are not seen: the
  * program only reads that way. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -36,6 +36,7 @@ static const char *below, *fault;
 static long at;
 static int trace = -1;
 static long calls;
+static int has_struck;
 static int disk_is_full;
 
 __attribute__((constructor)) static void start(void) {
@@ -96,14 +97,15 @@ static enum verdict judge(enum kind kind, const char *path, size_t bytes) {
         errno = ENOSPC;
         return FAIL;
     }
-    if (number != at || !fault) {
+    if (!at || number < at || !fault) {
         say("", kind, path);
         errno = before;
         return PASS;
     }
     int is_half = !strcmp(fault, "short") || !strcmp(fault, "torn");
     int is_space = !strcmp(fault, "enospc") || !strcmp(fault, "full");
-    if ((is_half && (kind != WRITE || bytes < 2)) || (is_space && !takes_space(kind))) {
+    int fits = !(is_half && (kind != WRITE || bytes < 2)) && !(is_space && !takes_space(kind));
+    if (!fits || __atomic_exchange_n(&has_struck, 1, __ATOMIC_SEQ_CST)) {
         say("", kind, path);
         errno = before;
         return PASS;

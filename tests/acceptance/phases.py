@@ -59,13 +59,15 @@ class Trace:
         except FileNotFoundError:
             return []
 
-    def reached(self, phase: str, times: int, child: Running, timeout_s: float = 120.0) -> bool:
-        """Watches closely until `phase` was passed so often; false if the program ended before."""
+    def reached(
+        self, phase: str, times: int, child: Running, timeout_s: float = 120.0, pause_s: float = 0.0002
+    ) -> bool:
+        """Watches closely, unless told to pause longer, until `phase` was passed so often; false if the program ended before."""
         deadline = time.monotonic() + timeout_s
         while self.phases().count(phase) < times:
             if child.poll() is not None:
                 return self.phases().count(phase) >= times
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{phase} was not passed {times} times in {timeout_s} s: {self.phases()}")
-            time.sleep(0.0002)
+            time.sleep(pause_s)
         return True

@@ -17,6 +17,8 @@ from truth import LogTruth
 # A job that is not done after so many lives in peace makes no progress.
 LIVES_MAX = 4
 KILLED = -9
+# How a run ends when the tests' broker does not answer in time, as it may on a busy machine. A supervisor starts it again.
+SOURCE_AWAY = 11
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Scene:
     stops: Collection[str] = ()
     # Whether no snapshot expires, so that every commit can be compared with the ranges that it names.
     is_history_kept: bool = True
+    # What the command finds in its environment, besides the fault.
+    environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Tables name their files by absolute paths: what is put back stands where it stood.
@@ -42,11 +46,11 @@ class Scene:
         shutil.copytree(self._kept, self.job.folder)
         return self
 
-    def strike(self, **environment: str) -> Outcome:
+    def strike(self, *more: str, **environment: str) -> Outcome:
         """The command, with a fault that the environment names."""
         word, *options = self.command
-        words = [*word.split(), self.job.path, *options]
-        return tidemill(*words, environment=environment)
+        words = [*word.split(), self.job.path, *options, *more]
+        return tidemill(*words, environment={**self.environment, **environment})
 
     def go_on(self) -> int:
         """Runs the job as its user would until it is done, following the commands that stops name; the number of runs."""
@@ -55,6 +59,8 @@ class Scene:
             if outcome.exit_code == 0:
                 return life
             stop = outcome.last
+            if outcome.exit_code == SOURCE_AWAY:
+                continue
             assert stop.get("reason") in self.stops, f"{outcome.command}: {outcome.stdout}\n{outcome.stderr}"
             self.job.follow(stop)
         raise AssertionError(f"not done after {LIVES_MAX} runs: {stop}")

@@ -23,6 +23,7 @@ from services import RestCatalog, S3Server
 SEED = 20_260_301
 RECORDS = int(os.environ.get("TIDEMILL_TEST_BACKFILL", "6000"))
 HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
 # The range, and what lies around it.
 FROM_MS = NOW_MS - 40 * HOUR_MS
 TO_MS = NOW_MS - 20 * HOUR_MS
@@ -128,6 +129,10 @@ def test_exactly_the_records_of_the_range_are_read_and_live_stands_still(
         assert planned["start"] == (min(after) if after else planned["end"]), planned
     at_most = {planned["partition"]: planned["records_at_most"] for planned in plan["topic_partitions"]}
     assert (at_most[EMPTY], at_most[OLD]) == (0, 0)
+    # records are alike here, so what the first ones weigh is what all weigh
+    record_bytes = len(json.dumps(event(1, ts=BEGIN_MS)))
+    for planned in plan["topic_partitions"]:
+        assert abs(planned["bytes_about"] - planned["records_at_most"] * record_bytes) <= planned["bytes_about"] * 0.02
 
     # Ended after two batches, then gone on with.
     tidemill(*words, "--yes", "--json", "--max-batches", "2", environment=secrets).expect(0)
@@ -157,6 +162,45 @@ def test_live_and_a_backfill_over_all_of_it_together_are_the_log(place: Corner) 
     assert [(lane["state"], lane["left"]) for lane in lanes] == [("done", 0)]
     commits = ledger.check_chain(job.reader().table)
     assert sum(commit.counts["consumed"] for commit in commits if commit.kind == "data") == 2 * len(log)
+
+
+def test_thirty_days_beyond_a_window_of_seven_are_exact_with_buckets_read_from_the_table(place: Corner) -> None:
+    """Live reads the last week, in which events of the month before come again; then that month is read."""
+    topic = place.topic(partitions=2)
+    draws = random.Random(SEED + 1)
+    week_ago = NOW_MS - 7 * DAY_MS
+    begin = week_ago - 30 * DAY_MS
+    times: list[int] = []
+    feed = place.feed(topic)
+    for number in range(RECORDS):
+        arrived = begin + number * 37 * DAY_MS // RECORDS - draws.randrange(12 * HOUR_MS)
+        which = draws.randrange(number) if number and draws.random() < 0.2 else number
+        times.append(arrived if which == number else times[which])
+        value = event(which, ts=times[which])
+        feed.send(value, flush=False, partition=draws.randrange(2), timestamp=arrived)
+    feed.flush()
+    job = place.job(topic, start=shown(week_ago), microbatch={"max_records": max(500, RECORDS // 10)})
+    job.run().expect(0)
+    live = set(job.reader().ids())
+    words = ("--from", shown(begin - DAY_MS), "--to", shown(week_ago), "--name", "month", "--yes", "--json")
+    done = tidemill("backfill", job.path, *words).expect(0).last
+    log = log_of(place.broker.bootstrap, topic, 2)
+    check_holds(job, ids(log))
+    month = [record for record in log if record.timestamp_ms < week_ago]
+    counts = done["lanes"][0]["counts"]
+    assert (done["lanes"][0]["state"], counts["consumed"] - counts["outside_range"]) == ("done", len(month))
+    old = sum(times[int(event_id[6:])] < week_ago for event_id in live)
+    assert old > RECORDS // 100, "the table must hold old events before, or nothing is to be found in it"
+    assert counts["written"] == len(ids(log)) - len(live)
+    assert done["buckets_lent"] > 30 and done["bytes_lent"] > 0
+    print(
+        f"seed {SEED + 1}: {len(month)} records of 30 days before a window of 7, {old} of their events in the table: "
+        f"{done['buckets_lent']} buckets of {shown_width(job)} loaded, {done['bytes_lent']} bytes of data files read for them"
+    )
+
+
+def shown_width(job: Job) -> str:
+    return f"{ledger.full_record(job.reader().table)['dedup']['bucket_width_ms'] / HOUR_MS:g} h"
 
 
 def test_what_is_not_built_or_not_there_is_refused_by_name(place: Corner) -> None:

@@ -28,7 +28,7 @@ from services import wait_until
 from sweep import KILLED, Scene, report
 
 SEED = 20_260_404
-CASES = os.environ.get("TIDEMILL_TEST_FENCING", "16")
+CASES = os.environ.get("TIDEMILL_TEST_FENCING", "8")
 BUSY, FENCED = 10, 20
 BATCHES_OF_THE_OTHER = 5
 # Until here a copy has not read the ledger: what it finds when it wakes is news and not a fence.
@@ -83,7 +83,8 @@ def cases(passed: Counter[str], draws: random.Random) -> list[Case]:
     if CASES == "all":
         return single + chains + expired
     count = int(CASES)
-    return single[: max(count - 4, 1)] + chains[:2] + expired[:2]
+    more = min(max(count // 8, 1), 4)
+    return single[: max(count - 2 * more, 1)] + chains[:more] + expired[:more]
 
 
 def stopped_copy(stack: ExitStack, job: Job, at: tuple[str, int], *words: str) -> Running:

@@ -54,7 +54,9 @@ def judged(truth: LogTruth, times: dict[Place, int]) -> Iterator[tuple[Place, in
     """Of each good row the watermark behind which it is late, if it is: each topic partition in the order of its offsets."""
     for rows in truth.rows.values():
         largest = None
-        for place, _ in rows:
+        for place, row in rows:
+            if row.event_id is None:
+                continue
             time = times[place]
             watermark = None if largest is None else largest - DELAY_MS
             yield place, watermark if watermark is not None and time < watermark else None

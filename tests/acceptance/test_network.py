@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -96,6 +97,12 @@ KAFKA_KINDS: tuple[tuple[Kind, int], ...] = (
     ("silence", 0), ("silence after", 0),
 )  # fmt: skip
 
+# Those that leave open what was done come first.
+KINDS_IN_TURN: tuple[Kind, ...] = (
+    "drop reply", "status after", "duplicate", "cut", "garbage after", "reset", "truncate", "status before",
+    "garbage before", "delay", "slow", "silence", "silence after",
+)  # fmt: skip
+
 
 def happens(requests: str, kind: Kind, status: int) -> bool:
     """Whether a service can do this to such a request: nothing conflicts with a question, and a store that acknowledges
@@ -126,15 +133,19 @@ def table_of_cases() -> list[Case]:
 
 
 def chosen() -> list[Case]:
-    """What this run of the tests does: quick cases of each path first."""
+    """What this run of the tests does: quick cases first, the paths in turn, and of a path the kinds in turn."""
     asked = os.environ.get("TIDEMILL_NETWORK_CASES", str(SAMPLE))
     cases = sorted(table_of_cases(), key=lambda case: case.is_slow)
     if asked == "all":
         return cases
-    by_path = {path: [case for case in cases if case.path == path] for path in MOMENTS}
-    in_turn = [case for group in zip(*by_path.values(), strict=False) for case in group]
-    rest = [case for case in cases if case not in in_turn]
-    return (in_turn + rest)[: int(asked)]
+    # the cases of a path and kind are numbered, quick ones first; those that change something before those that ask
+    order: dict[Case, tuple[bool, int, int, str]] = {}
+    for path in MOMENTS:
+        for place, kind in enumerate(KINDS_IN_TURN):
+            of_kind = [case for case in cases if (case.path, case.kind) == (path, kind)]
+            of_kind.sort(key=lambda case: (case.is_slow, not re.search("POST|PUT|Fetch", case.requests)))
+            order |= {case: (case.is_slow, number, place, path) for number, case in enumerate(of_kind)}
+    return sorted(cases, key=order.__getitem__)[: int(asked)]
 
 
 class Net:
@@ -259,4 +270,4 @@ def test_the_table_of_cases_has_every_path_and_kind() -> None:
     cases = table_of_cases()
     assert len(cases) >= 60 and len({case.name for case in cases}) == len(cases)
     assert {case.path for case in cases} == MOMENTS.keys()
-    assert {case.kind for case in cases} == {kind for kind, _ in (*HTTP_KINDS, *KAFKA_KINDS)}
+    assert {case.kind for case in cases} == {kind for kind, _ in (*HTTP_KINDS, *KAFKA_KINDS)} == set(KINDS_IN_TURN)

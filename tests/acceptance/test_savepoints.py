@@ -3,8 +3,10 @@ and rows; the truth is recomputed from the topic."""
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+import signal
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from pyiceberg.table import Table
 import ledger
 from conftest import Corner
 from events import NOW_MS, event
-from job import Job, Outcome, tidemill
-from services import RestCatalog, S3Server
+from job import Job, Outcome, started, tidemill
+from services import RestCatalog, S3Server, wait_until
 from services.s3 import SECRET_KEY
 from truth import LogTruth
 
@@ -23,6 +25,7 @@ EVENTS_PER_WAVE = 1_500
 BEGIN_MS = NOW_MS - 20 * 24 * 3_600_000
 SECRETS = {"S3_SECRET_KEY": SECRET_KEY}
 TAG = "tidemill-savepoint-before"
+REQUEST = "tidemill.request."
 
 
 class Story:
@@ -147,6 +150,45 @@ def test_a_job_on_rest_and_s3_goes_back_to_its_tags_and_on_to_the_same_tables(st
     story.savepoint("drop", "before", "--yes").expect(0)
     assert all(TAG not in story.table(ending).metadata.refs for ending in rows)
     assert story.savepoint("list").expect(0).last["savepoints"] == []
+
+
+def test_a_run_without_end_makes_and_drops_savepoints_on_request_and_is_not_restored_under(story: Story) -> None:
+    """Beside a run: the tags stand on the tables of one batch, and what they name is a moment that the job goes back to."""
+    job = story.job
+    story.wave()
+    words = ("run", job.path, "--continuous", "--json", "--set", "microbatch.max_interval=300ms")
+    with started(*words, environment=SECRETS) as run:
+        wait_until("a commit", lambda: '"event":"commit"' in run.output(), 180)
+        with started("savepoint", "create", job.path, "beside", "--json", environment=SECRETS) as create:
+            wait_until("the request", lambda: any(name.startswith(REQUEST) for name in story.table().properties), 180)
+            # its next batch shows the run what was asked
+            story.wave()
+            assert create.wait() == 0, create.output()
+        assert "savepoint beside was made of batch" in run.output()
+        story.savepoint("restore", "beside", "--yes").expect_stop(10, "BUSY")
+        story.wave()
+        ends = story.truth().ends
+        wait_until("all records", lambda: ledger.full_offsets(ledger.full_record(story.table()), "end") == ends, 180)
+        assert run.poll() is None, run.output()
+        run.send(signal.SIGTERM)
+        assert run.wait() == 13, run.output()
+    job.check_against(story.truth())
+    made = json.loads(create.output().splitlines()[-1])["savepoint"]
+    rows = {}
+    for ending in ("", "_dead_letters"):
+        table = story.table(ending)
+        snapshot_id = table.metadata.refs["tidemill-savepoint-beside"].snapshot_id
+        assert snapshot_id == made["tables"][f"{job.table}{ending}"]
+        assert {row["_tidemill_batch"] for row in table.scan(snapshot_id=snapshot_id).to_arrow().to_pylist()} <= set(
+            range(made["batch"] + 1)
+        )
+        rows[ending] = rows_at(table, snapshot_id)
+    story.savepoint("restore", "beside", "--yes").expect(0)
+    for ending, before in rows.items():
+        assert rows_at(story.table(ending)) == before
+    story.run()
+    job.check_against(story.truth())
+    story.savepoint("drop", "beside", "--yes").expect(0)
 
 
 def test_pods_without_a_volume_go_on_from_copies_on_s3_and_back_to_a_savepoint_elsewhere(story: Story) -> None:

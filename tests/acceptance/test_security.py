@@ -28,8 +28,9 @@ from services import Broker, Fault, Listener, Proxy, RestCatalog, S3Server
 from services.kafka import READER, READER_PASSWORD, make_certificate
 
 USAGE, STORAGE_FAILED, OFFSETS_LOST, NOT_AUTHORIZED = 2, 14, 22, 28
-# A refusal is believed at once: the client asks a few addresses and threads, and nothing again and again.
-CONNECTIONS_MAX = 20
+# A refusal is believed at once: the client asks a few addresses and threads, and again while the refusal is on its way to the
+# program, which takes longer on a busy machine. Who asked again and again would be at hundreds.
+CONNECTIONS_MAX = 60
 REFUSED_S_MAX = 180
 RUN_S_MAX = 300
 PASSWORD = "changeit"

@@ -113,8 +113,9 @@ def test_a_lost_ledger_is_made_again_from_a_copy_of_the_table(place: Corner) -> 
     done = resolve(job, stop)
     assert (done["command"], done["keys"]) == ("state adopt", 200), done
     place.feed(job.topics[0]).send(*(event(number) for number in range(150, 300)))
+    # the rows do not say how far the topic was read: it is read from its begin
     counts = job.run().expect(0).last["counts"]
-    assert (counts["consumed"], counts["written"], counts["duplicate"]) == (150, 100, 50)
+    assert (counts["consumed"], counts["written"], counts["duplicate"]) == (350, 100, 250)
     job.check_against(place.truth(*job.topics))
 
 

@@ -20,7 +20,8 @@ from confluent_kafka import Consumer, IsolationLevel, KafkaError, Message, Topic
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 # Far above what is generated: an end that does not come is an error, not a wait.
-IDLE_S_MAX = 30.0
+IDLE_S_MAX = 120.0
+ANSWER_S_MAX = 120
 AHEAD_MS_MAX = 60 * 60 * 1000
 RECORD_BYTES_MAX = 4 << 20
 ROWS_PER_RECORD_MAX = 65_536
@@ -271,7 +272,7 @@ def _offset_of(message: Message) -> int:
 
 def partitions_of(bootstrap: str, topics: list[str]) -> list[TopicPartition]:
     """All topic partitions of these topics."""
-    metadata = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2}).list_topics(timeout=20)
+    metadata = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2}).list_topics(timeout=ANSWER_S_MAX)
     return [TopicPartition(topic, number) for topic in topics for number in sorted(metadata.topics[topic].partitions)]
 
 
@@ -288,7 +289,7 @@ def start_offsets(bootstrap: str, topics: list[str]) -> dict[tuple[str, int], in
 def _list_offsets(bootstrap: str, topics: list[str], which: OffsetSpec) -> dict[tuple[str, int], int]:
     admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2})
     asked = {partition: which for partition in partitions_of(bootstrap, topics)}
-    answers = admin.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=20)
+    answers = admin.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ANSWER_S_MAX)
     return {(partition.topic, partition.partition): answer.result().offset for partition, answer in answers.items()}
 
 

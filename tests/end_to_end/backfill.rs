@@ -11,8 +11,10 @@ use rdkafka::Message;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use tidemill::commit::ledger::{LIVE_LANE, LaneState};
-use tidemill::commit::request::{Ask, PREFIX};
+use tidemill::commit::request::{Ask, NewLane, PREFIX};
+use tidemill::offset::NextOffset;
 use tidemill::pipeline::backfill::{self, Asked, Plan};
+use tidemill::pipeline::report::Unheard;
 use tidemill::pipeline::{Wish, requests};
 
 use super::*;
@@ -444,6 +446,101 @@ fn a_backfill_whose_topic_left_the_job_is_paused_by_name_and_live_goes_on() {
     let stop =
         job.read(Wish { lane: "june".into(), register: None }, &["source.kafka.topics=[\"others\"]"], None);
     assert_eq!(stop.unwrap_err().reason, Reason::Usage);
+}
+
+/// As after an election that cut a log below the end that a backfill froze: one topic partition never gives its last records.
+fn cut_below_its_end(plan: Plan, partition: i32) -> NewLane {
+    let mut lane = plan.new_lane;
+    let span = lane.spans.get_mut("events").unwrap().get_mut(&partition).unwrap();
+    span.end = NextOffset::at(span.end.get() + 20);
+    lane
+}
+
+/// Gives up on a silent topic partition soon; on a slow machine too soon, so whoever uses it tries again.
+fn impatient() -> RunOptions {
+    let stall_after = Some(Duration::from_secs(2));
+    RunOptions { job_shown: "job.toml".to_owned(), stall_after, ..RunOptions::default() }
+}
+
+#[test]
+fn a_backfill_that_gives_nothing_commits_what_it_read_and_does_not_keep_live_from_being_read() {
+    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
+    job.send_to(0, (0..50).map(|n| (format!("old-{n}"), FROM + n)));
+    job.run_noting(&[LATEST]).0.unwrap();
+    let mut register = Some(cut_below_its_end(job.resolve("june"), 2));
+    let taken = || job.record().backfills().next().map_or(0, |(_, _, lane)| lane.counts.consumed);
+    let begun = Instant::now();
+    loop {
+        let backfill = Some(Wish { lane: "june".into(), register: register.take() });
+        let (loaded, options) = (job.load(&[]), RunOptions { backfill, ..impatient() });
+        let stop = job.runtime.block_on(backfill::run(&loaded, &options, &mut Unheard)).unwrap_err();
+        assert_eq!(stop.reason, Reason::SourceAway, "{stop:?}");
+        assert!(stop.what.contains("events[2]"), "{}", stop.what);
+        if taken() == 50 {
+            break;
+        }
+        assert!(begun.elapsed() < WAIT_MAX, "{:?}", job.record());
+    }
+    let record = job.record();
+    assert_eq!(record.backfills().next().unwrap().2.state, LaneState::Active);
+    assert!(record.released);
+
+    // A drain leaves it to the next one, and says so.
+    job.send_to(3, (0..10).map(|n| (format!("new-{n}"), 2_999)));
+    let (mut notes, loaded) = (Notes::default(), job.load(&[]));
+    while job.runtime.block_on(pipeline::run(&loaded, &impatient(), &mut notes)).is_err() {
+        assert!(begun.elapsed() < WAIT_MAX, "{notes:?}", notes = notes.0);
+    }
+    assert_eq!(job.record().cursor("events", 3).unwrap().end.get(), 10);
+    assert!(
+        notes.0.concat().contains("backfill june has to wait, the other lanes go on: events[2]"),
+        "{:?}",
+        notes.0
+    );
+
+    // A run without end reads live beside it, again and again.
+    let (_, ended) = continuous::follow(&job.load(&[continuous::SOON]), impatient(), |running| {
+        for wave in 1..=2 {
+            job.send_to(3, (0..10).map(|n| (format!("new-{wave}-{n}"), 2_999)));
+            assert_eq!(running.await_consumed(10).written, 10);
+        }
+    });
+    assert_eq!(ended.unwrap_err().reason, Reason::Interrupted);
+    assert_eq!(job.record().backfills().next().unwrap().2.state, LaneState::Active);
+}
+
+#[test]
+fn a_backfill_that_trips_the_brake_is_paused_by_name_and_live_goes_on() {
+    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
+    for number in 0..1_500 {
+        let event = format!(r#"{{"event_id":"old-{number}","ts":{}}}"#, at(FROM));
+        let payload = if number % 2 == 0 { event } else { format!("no JSON {number}") };
+        let record = BaseRecord::<(), _>::to("events").partition(0).timestamp(at(FROM)).payload(&payload);
+        job.producer.send(record).unwrap();
+    }
+    job.producer.flush(Duration::from_secs(30)).unwrap();
+    job.run_noting(&[LATEST]).0.unwrap();
+    // A batch so small that it says little.
+    job.begin("june", &[SMALL_BATCHES], Some(1));
+    job.send_to(3, (0..10).map(|n| (format!("new-{n}"), 2_999)));
+    let (result, notes) = job.run_noting(&[]);
+    let summary = result.unwrap();
+    assert_eq!((summary.counts.consumed, summary.lanes[0].state), (10, "paused"));
+    let said = notes.concat();
+    assert!(
+        said.contains("backfill june is paused: 600 of 1200 rows of backfill june are dead letters"),
+        "{said}"
+    );
+    let record = job.record();
+    assert!(record.released && record.cursor("events", 3).unwrap().end.get() == 10);
+    assert_eq!(job.run_noting(&[]).0.unwrap().batches, 0, "the next run does not try again");
+
+    let stop = job.resume("june", &[]).unwrap_err();
+    assert_eq!(stop.reason, Reason::Brake);
+    let command = "tidemill backfill job.toml --resume june --set sink.iceberg.dead_letters.max_ratio=1.0";
+    assert!(stop.way_out.contains(command), "{}", stop.way_out);
+    let done = job.resume("june", &["sink.iceberg.dead_letters.max_ratio=1.0"]).unwrap();
+    assert_eq!((done.lanes[0].state, done.lanes[0].counts.written), ("done", 750));
 }
 
 /// Thirty days, or as many as `TIDEMILL_BACKFILL_DAYS` says, far beyond a window of seven.

@@ -22,7 +22,7 @@ impl Report for Told {
 }
 
 /// A continuous run in a thread of its own, as one who stands beside it sees it. Asked to end when it is dropped.
-struct Running {
+pub(super) struct Running {
     events: Receiver<Event>,
     interrupt: Arc<AtomicBool>,
 }
@@ -48,7 +48,7 @@ impl Running {
     }
 
     /// Waits for commits until so many rows were taken; gives their outcomes.
-    fn await_consumed(&self, consumed: u64) -> Counts {
+    pub(super) fn await_consumed(&self, consumed: u64) -> Counts {
         let mut counts = Counts::default();
         while counts.consumed < consumed {
             counts.add(&self.await_event("commit", |event| match event {
@@ -67,7 +67,7 @@ impl Running {
 }
 
 /// Follows a job's topics while the story is told, asks the run to end, and gives how it ended.
-fn follow<T>(
+pub(super) fn follow<T>(
     loaded: &LoadedJob,
     options: RunOptions,
     story: impl FnOnce(&Running) -> T,
@@ -87,7 +87,7 @@ fn follow<T>(
 }
 
 /// Closes batches soon after their first record.
-const SOON: &str = "microbatch.max_interval=\"200ms\"";
+pub(super) const SOON: &str = "microbatch.max_interval=\"200ms\"";
 
 fn heartbeats_of(millis: u64) -> RunOptions {
     RunOptions { lease: Some(Duration::from_millis(3 * millis)), ..RunOptions::default() }

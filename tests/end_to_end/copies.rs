@@ -104,13 +104,31 @@ fn a_damaged_copy_is_not_believed() {
 }
 
 #[test]
+fn a_file_that_a_crash_cut_short_in_a_folder_is_copied_once_more() {
+    let mut bench = Bench::with_some_bad(86);
+    bench.send_wave();
+    bench.run_copying();
+    let segment = fs::OpenOptions::new().write(true).open(bench.copied(".segment").pop().unwrap()).unwrap();
+    segment.set_len(segment.metadata().unwrap().len() / 2).unwrap();
+    bench.copied(".manifest").iter().for_each(|manifest| fs::remove_file(manifest).unwrap());
+    bench.send_wave();
+    bench.run_copying();
+    bench.lose_state();
+    bench.send_wave();
+    let notes = bench.run_copying();
+    assert!(says(&notes, "took the dedup state of batch 2") && !says(&notes, "rebuil"), "{notes:?}");
+    bench.assert_exact();
+}
+
+#[test]
 fn the_copy_of_a_batch_that_was_gone_back_from_is_not_believed_and_that_of_a_savepoint_is_there() {
     let mut bench = Bench::with_some_bad(84);
     let options = RunOptions { job_shown: "job.toml".into(), ..RunOptions::default() };
     bench.send_wave();
     bench.run(&[]);
     let loaded = bench.load(&[]);
-    bench.runtime.block_on(commands::create_savepoint(&loaded, &options, "then")).unwrap();
+    let mut notes = Notes::default();
+    bench.runtime.block_on(commands::create_savepoint(&loaded, &options, "then", &mut notes)).unwrap();
     for _ in 0..2 {
         bench.send_wave();
         bench.run_copying();

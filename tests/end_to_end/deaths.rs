@@ -167,6 +167,15 @@ fn a_fence_copies_the_record_but_for_who_may_commit_and_keeps_others_out() {
     assert_eq!(bench.stop(&[]).reason, Reason::Busy);
     bench.run(&[&elsewhere]);
     bench.assert_exact();
+    // An epoch that nothing but the ledger tells: no side table, and no folder of who comes next.
+    bench.send_wave();
+    bench.kill_at("fenced:1", &[&elsewhere]);
+    let fenced = bench.record().epoch;
+    let third = format!("state_dir={}", bench.folder.path().join("third").display());
+    let takeover = RunOptions { takeover: true, ..RunOptions::default() };
+    bench.run_noting(&[&third], takeover).0.unwrap();
+    assert_eq!(bench.record().epoch, fenced + 1);
+    bench.assert_exact();
 }
 
 #[test]

@@ -96,7 +96,7 @@ fn the_late_table_goes_back_to_a_savepoint_with_main_and_to_nothing_if_it_joined
     let job = Small::new("window = \"1 hour\"");
     let create = |name: &str, sets: &[&str]| {
         let loaded = job.load(sets);
-        job.runtime.block_on(commands::create_savepoint(&loaded, &options(), name)).unwrap()
+        job.runtime.block_on(commands::create_savepoint(&loaded, &options(), name, &mut Unheard)).unwrap()
     };
     let restore = |name: &str| {
         let loaded = job.load(&[SIDE]);

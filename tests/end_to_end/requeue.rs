@@ -1,13 +1,17 @@
 //! Dead letters decoded again: each row once, whatever is killed on the way.
 
 use std::collections::BTreeMap;
+use std::fs;
 #[cfg(feature = "faults")]
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rdkafka::producer::{BaseRecord, Producer};
-use tidemill::pipeline::report::Unheard;
+use tidemill::pipeline::report::{Event, Report, Unheard};
 use tidemill::pipeline::requeue::{self, Requeued};
-use tidemill::stop::Stop;
+use tidemill::pipeline::survey;
+use tidemill::stop::{Reason, Stop};
 
 use super::start_table::{options, yes};
 use super::{BEGIN_MS, MINUTE_MS, Small};
@@ -109,8 +113,8 @@ fn only_letters_of_the_reason_that_is_named_are_taken_in_as_many_microbatches_as
     job.assert_requeued();
 }
 
-#[test]
-fn requeued_letters_are_judged_by_time_like_any_other() {
+/// Three letters, the second of which is late behind the first.
+fn with_a_late_letter() -> Small {
     let job = Small::new("window = \"1 hour\"");
     for (id, minute) in [("a", 10), ("b", 5), ("c", 11)] {
         let payload = format!(r#"{{"event_id":"{id}","ts":{},"x":1}}"#, BEGIN_MS + minute * MINUTE_MS);
@@ -118,6 +122,104 @@ fn requeued_letters_are_judged_by_time_like_any_other() {
     }
     job.producer.flush(std::time::Duration::from_secs(30)).unwrap();
     assert_eq!(job.run_noting(&STRICT).0.unwrap().counts.dead_letter, 3);
+    job
+}
+
+/// Does something when the first microbatch has landed.
+struct AfterFirst<F: FnMut()>(F);
+
+impl<F: FnMut()> Report for AfterFirst<F> {
+    fn event(&mut self, event: &Event) {
+        if matches!(event, Event::Commit { .. }) {
+            (self.0)();
+        }
+    }
+}
+
+#[test]
+fn a_requeue_that_is_interrupted_says_how_it_goes_on_and_judges_the_rest_as_if_it_never_stopped() {
+    let job = with_a_late_letter();
+    let sets = ["microbatch.max_records=1", "event_time.late=side"];
+    let (loaded, options) = (job.load(&sets), options());
+    let interrupt = Arc::clone(&options.interrupt);
+    let mut report = AfterFirst(|| interrupt.store(true, Ordering::Relaxed));
+    let asked = requeue::requeue(&loaded, &options, None, &yes, &mut report);
+    let stop = job.runtime.block_on(asked).unwrap_err();
+    assert_eq!(stop.reason, Reason::Interrupted);
+    assert!(stop.way_out.contains("tidemill dead-letters requeue"), "{}", stop.way_out);
+    assert_eq!(job.main_keys().len(), 1);
+    let done = job.requeue(&sets).unwrap();
+    assert_eq!((done.waiting, done.counts.written, done.counts.late_side), (2, 1, 1));
+}
+
+#[test]
+fn a_letter_whose_row_is_dropped_for_being_late_waits_on() {
+    let job = with_a_late_letter();
+    let done = job.requeue(&["event_time.late=drop"]).unwrap();
+    assert_eq!((done.counts.written, done.counts.late_dropped), (2, 1));
+    assert_eq!(job.letters()["unknown_field"], (1, 2));
+    let again = job.requeue(&[]).unwrap();
+    assert_eq!((again.waiting, again.counts.written), (1, 1));
+}
+
+#[test]
+fn letters_of_a_microbatch_that_did_not_land_are_not_passed_over() {
+    let job = Small::with_letters();
+    let folder = survey::state_folder(&job.load(&[]).job);
+    let aside = folder.with_extension("aside");
+    let sets = ["microbatch.max_records=300"];
+    let (loaded, options, mut landed) = (job.load(&sets), options(), 0);
+    let mut report = AfterFirst(|| {
+        landed += 1;
+        // The next generation can not be written: what stands there is no folder.
+        fs::rename(&folder, &aside).unwrap();
+        fs::write(&folder, "").unwrap();
+    });
+    let asked = requeue::requeue(&loaded, &options, None, &yes, &mut report);
+    let stop = job.runtime.block_on(asked).unwrap_err();
+    assert_eq!((stop.reason, landed), (Reason::StorageFailed, 1), "{stop:?}");
+    fs::remove_file(&folder).unwrap();
+    fs::rename(&aside, &folder).unwrap();
+    let record = job.record();
+    assert!(record.released && record.requeue.is_some_and(|lane| lane.after.2 < 50 + 300));
+    assert_eq!(job.requeue(&[]).unwrap().waiting, LETTERS - 300);
+    job.assert_requeued();
+}
+
+#[test]
+fn a_microbatch_of_letters_closes_when_its_time_is_up() {
+    let job = Small::new("window = \"1 hour\"");
+    // More than are decoded together.
+    let letters = 4_200;
+    for number in 0..letters {
+        let payload = format!(r#"{{"event_id":"{number}","ts":{BEGIN_MS},"x":1}}"#);
+        job.producer.send(BaseRecord::<(), _>::to("events").payload(&payload)).unwrap();
+    }
+    job.producer.flush(std::time::Duration::from_secs(30)).unwrap();
+    job.run_noting(&STRICT).0.unwrap();
+    let done = job.requeue(&["microbatch.max_interval=1ms"]).unwrap();
+    assert!(done.batches > 1, "{done:?}");
+    assert_eq!(done.counts.written, letters);
+}
+
+#[test]
+fn the_first_letters_by_their_places_are_shown() {
+    let job = Small::with_letters();
+    let show = |reason, most| {
+        let loaded = job.load(&[]);
+        let shown = requeue::show(&loaded, reason, None, most);
+        let shown = job.runtime.block_on(shown).unwrap();
+        shown.into_iter().map(|letter| (letter.place.offset, letter.payload.is_some())).collect::<Vec<_>>()
+    };
+    assert_eq!(show(Some("invalid_json"), 3), [(50, true), (51, true), (55, true)]);
+    assert_eq!(show(None, 4), [(50, true), (51, true), (52, true), (53, true)]);
+    assert_eq!(show(None, 0), []);
+    assert_eq!(show(None, 2_000).len() as u64, LETTERS);
+}
+
+#[test]
+fn requeued_letters_are_judged_by_time_like_any_other() {
+    let job = with_a_late_letter();
     let done = job.requeue(&["event_time.late=side"]).unwrap();
     assert_eq!((done.counts.written, done.counts.late_side), (2, 1));
     assert_eq!(job.main_keys().len(), 2);

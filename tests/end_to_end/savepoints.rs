@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tidemill::commit::savepoint as tags;
+use tidemill::commit::side;
 use tidemill::pipeline::commands::{self, Listed, Restoration};
 use tidemill::pipeline::maintain::{self, Asked};
 
@@ -44,7 +45,8 @@ impl Bench {
     }
 
     fn create(&self, name: &str) -> Result<Listed, Stop> {
-        self.runtime.block_on(commands::create_savepoint(&self.load(&[]), &options(), name))
+        let loaded = self.load(&[]);
+        self.runtime.block_on(commands::create_savepoint(&loaded, &options(), name, &mut Notes::default()))
     }
 
     fn restore(&self, name: &str, sets: &[&str]) -> Result<Restoration, Stop> {
@@ -53,7 +55,9 @@ impl Bench {
     }
 
     fn drop_named(&self, name: &str) -> Result<(), Stop> {
-        self.runtime.block_on(commands::drop_savepoint(&self.load(&[]), &options(), name, &|_| Ok(())))
+        let loaded = self.load(&[]);
+        let (options, mut notes) = (options(), Notes::default());
+        self.runtime.block_on(commands::drop_savepoint(&loaded, &options, name, &|_| Ok(()), &mut notes))
     }
 
     fn list(&self, sets: &[&str]) -> commands::Listing {
@@ -243,9 +247,9 @@ fn names_that_are_taken_unknown_or_no_names_are_refused_and_nothing_is_changed()
         assert!(stop.reason == Reason::Usage && stop.way_out.contains(word), "{stop:?}");
     }
     let lock = StateLock::acquire(&bench.state_folder()).unwrap();
-    let stop = bench.create("beside").unwrap_err();
+    let stop = bench.restore("then", &[]).unwrap_err();
     assert!(
-        stop.reason == Reason::Busy && stop.way_out.contains("savepoint create job.toml beside"),
+        stop.reason == Reason::Busy && stop.way_out.contains("savepoint restore job.toml then"),
         "{stop:?}"
     );
     drop(lock);
@@ -272,11 +276,38 @@ fn a_savepoint_of_another_key_or_other_topics_is_not_gone_back_to() {
 #[cfg(feature = "faults")]
 mod kills {
     use std::os::unix::process::ExitStatusExt;
-    use std::process::{Command, Stdio};
+    use std::process::{Child, Command, Stdio};
+    use std::time::Instant;
+
+    use tidemill::commit::request::PREFIX;
 
     use super::*;
+    use crate::deaths;
+
+    /// Guards against a test that would hang; nothing takes so long.
+    const WAIT_MAX: Duration = Duration::from_secs(300);
 
     impl Bench {
+        /// Starts a command beside the test: its words before the job and those after it.
+        fn start_beside(&self, words: &[&str], more: &[&str], environment: &[(&str, &str)]) -> Child {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+            command.args(words).arg(self.job_path()).args(more).envs(environment.iter().copied());
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+        }
+
+        /// Waits until so many requests stand in the table.
+        fn await_requests(&self, count: usize) {
+            let begun = Instant::now();
+            let stand = || {
+                let table = self.table();
+                table.metadata().properties().keys().filter(|name| name.starts_with(PREFIX)).count()
+            };
+            while stand() < count {
+                assert!(begun.elapsed() < WAIT_MAX, "{} of {count} requests were made", stand());
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+
         /// Runs `savepoint` until it kills itself at a point; gives whether it did.
         fn savepoint_dies_at(&self, words: &[&str], point: &str) -> bool {
             let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
@@ -286,6 +317,46 @@ mod kills {
             assert!(status.success() || status.signal() == Some(9), "{words:?} at {point}: {status}");
             status.signal() == Some(9)
         }
+    }
+
+    #[test]
+    fn an_owner_at_work_makes_and_drops_savepoints_for_others_and_is_not_restored_under() {
+        let (mut bench, _) = with_savepoint(70);
+        bench.send_wave();
+        // The owner sleeps in the first of several microbatches.
+        let small = ["--set", "microbatch.max_records=600"];
+        let owner = bench.start_beside(&["run"], &small, &[("TIDEMILL_STOP_AT", "state_prepared")]);
+        deaths::stopped(&owner);
+        let create = bench.start_beside(&["savepoint", "create"], &["during"], &[]);
+        let dropped = bench.start_beside(&["savepoint", "drop"], &["then", "--yes"], &[]);
+        bench.await_requests(2);
+        assert_eq!(bench.restore("then", &[]).unwrap_err().reason, Reason::Busy);
+        let names = |bench: &Bench| {
+            bench.list(&[]).savepoints.into_iter().map(|found| found.name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&bench), ["then"], "who is no owner sets no tag");
+        deaths::wake(&owner);
+        for child in [create, dropped, owner] {
+            assert!(deaths::ended(child).success());
+        }
+        assert_eq!(names(&bench), ["during"]);
+        let (made, end) = (bench.list(&[]).savepoints.remove(0), bench.moment());
+        assert!(
+            made.batch == 2 && end.batch > 2,
+            "of the batch that its owner was at: {made:?} {}",
+            end.batch
+        );
+        assert!(
+            made.at_home && made.tables.len() == 2 && made.tables.values().all(Option::is_some),
+            "{made:?}"
+        );
+        assert!(!bench.table().metadata().properties().keys().any(|name| name.starts_with(PREFIX)));
+        bench.assert_exact();
+        bench.restore("during", &[]).unwrap();
+        assert_eq!(bench.moment().batch, 2);
+        bench.run(&[]);
+        bench.assert_exact();
+        assert_eq!((bench.moment().rows, bench.moment().letters), (end.rows, end.letters));
     }
 
     #[test]
@@ -366,4 +437,39 @@ mod kills {
             assert_eq!(bench.record().restored_from, None);
         }
     }
+}
+
+/// What a pass left behind whose commit nobody saw land.
+fn leave_intent(table: &iceberg::table::Table) -> PathBuf {
+    let folder = PathBuf::from(table.metadata().location().trim_start_matches("file://")).join("metadata");
+    let path = folder.join(format!("tidemill-expiry-{}.json", uuid::Uuid::now_v7()));
+    let intent =
+        serde_json::json!({"format": 1, "table": table.metadata().uuid(), "files": [], "data_files": []});
+    fs::write(&path, intent.to_string()).unwrap();
+    path
+}
+
+#[test]
+fn what_a_pass_left_on_a_side_table_is_finished_only_after_its_head_moved() {
+    let mut bench = Bench::with_some_bad(87);
+    let maintained = ["sink.iceberg.maintenance.every_commits=1"];
+    // Commits of the last epoch on the dead-letter table: one with letters, and what came before it.
+    let mut commits = |intent: bool| {
+        let left = intent.then(|| leave_intent(&bench.dead_table()));
+        bench.send_wave();
+        bench.run(&maintained);
+        assert!(left.is_none_or(|path| !path.exists()));
+        let epoch = bench.record().epoch;
+        let table = bench.dead_table();
+        let marks = table.metadata().snapshots().filter_map(|snapshot| {
+            let text = snapshot.summary().additional_properties.get(side::MARK)?;
+            serde_json::from_str::<serde_json::Value>(text).unwrap()["epoch"].as_u64()
+        });
+        marks.filter(|of| *of == epoch).count()
+    };
+    commits(false);
+    let usual = commits(false);
+    assert_eq!(commits(true), usual + 1, "a request that was sent before asserts a head that is gone");
+    assert_eq!(commits(false), usual, "nothing was left behind, so nothing is fenced");
+    bench.assert_exact();
 }

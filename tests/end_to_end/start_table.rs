@@ -39,7 +39,10 @@ impl Small {
             match name {
                 "state rebuild" => commands::rebuild_state(&loaded, &options, false, &mut Unheard).await,
                 "state adopt-rows" => commands::adopt_rows(&loaded, &options, &yes, &mut Unheard).await,
-                "state adopt" => commands::adopt_ledger(&loaded, &options, &yes, &mut Unheard).await,
+                "state adopt" => commands::adopt_ledger(&loaded, &options, false, &yes, &mut Unheard).await,
+                "state adopt --after-last-row" => {
+                    commands::adopt_ledger(&loaded, &options, true, &yes, &mut Unheard).await
+                }
                 "state rekey" => commands::rekey_state(&loaded, &options, &yes, &mut Unheard).await,
                 other => panic!("no such command: {other}"),
             }
@@ -175,7 +178,38 @@ fn a_lost_ledger_is_made_again_from_the_rows_and_the_state_folder() {
     let record = job.record_of(&moved);
     assert_eq!((record.job_id, record.batch), (lost.job_id, 2));
     assert_eq!((record.dedup.keys, &record.dedup.digest), (lost.dedup.keys, &lost.dedup.digest));
-    assert_eq!(record.cursor("events", 0).unwrap().end.get(), 3, "one past the last record that left a row");
+    assert_eq!(
+        record.cursor("events", 0).unwrap().end.get(),
+        0,
+        "rows do not say how far the topic was read"
+    );
+    assert_eq!(job.counts(&[("c", 9), ("d", 10)], &moved), (1, 5), "what has a row is a repeat");
+    assert_eq!(job.record_of(&moved).cursor("events", 0).unwrap().end.get(), 6);
+}
+
+#[test]
+fn a_resend_that_is_read_again_for_a_lost_ledger_finds_its_first_copy_in_a_bucket_that_had_expired() {
+    let job = Small::new("window = \"1 hour\"");
+    job.counts(&[("a", 0), ("a", 30)], &[]);
+    job.counts(&[("z", 600)], &[]);
+    assert_eq!(job.counts(&[("y", 601)], &[]), (1, 0));
+    job.copy_table("demo.small", "demo.copy");
+    let moved = ["sink.iceberg.table=demo.copy", "microbatch.max_records=1"];
+    assert_ne!(job.record().dedup.complete_since, None, "the buckets have expired");
+    job.command("state adopt", &moved).unwrap();
+    assert_eq!(job.counts(&[], &moved), (0, 4));
+}
+
+#[test]
+fn a_ledger_that_is_made_again_goes_on_after_the_last_row_if_the_user_says_so() {
+    let job = Small::new("window = \"1 hour\"");
+    job.counts(&[("a", 0), ("b", 5)], &[]);
+    job.counts(&[("c", 9), ("a", 0)], &[]);
+    job.copy_table("demo.small", "demo.copy");
+    let moved = ["sink.iceberg.table=demo.copy"];
+    job.command("state adopt --after-last-row", &moved).unwrap();
+    let cursor = *job.record_of(&moved).cursor("events", 0).unwrap();
+    assert_eq!(cursor.end.get(), 3, "one past the last record that left a row");
     assert_eq!(job.counts(&[("c", 9), ("d", 10)], &moved), (1, 2), "the repeat after it is read again");
 }
 

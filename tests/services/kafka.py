@@ -29,6 +29,9 @@ from services.process import Process, cache_folder, free_ports, wait_until
 
 CLUSTER_ID = "4L6g3nShT-eMCtK--X86sw"
 READER, READER_PASSWORD = "reader", "reader-secret"
+# Guards against hanging, far above what a busy machine takes.
+ANSWER_S_MAX = 120
+TOOL_S_MAX = 600
 NOT_LED_YET = (
     KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART,
     KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError._NOENT,
@@ -180,14 +183,14 @@ class Broker:
         """Creates a topic; returns when the broker answered. Underscores in names of settings stand for dots."""
         settings = {key.replace("_", "."): value for key, value in config.items()}
         made = self.admin.create_topics([NewTopic(name, partitions, 1, config=settings)])
-        made[name].result(timeout=30)
+        made[name].result(timeout=ANSWER_S_MAX)
         wait_until(f"leaders of {name}", lambda: self._is_led(name, partitions), pause_s=0.05)
 
     def _is_led(self, topic: str, partitions: int) -> bool:
         """Whether the broker leads every partition: that follows the answer to a creation a little later."""
         asked = {TopicPartition(topic, number): OffsetSpec.latest() for number in range(partitions)}
         try:
-            return all(answer.result(timeout=30) for answer in self.admin.list_offsets(asked).values())
+            return all(answer.result(timeout=ANSWER_S_MAX) for answer in self.admin.list_offsets(asked).values())
         except KafkaException as error:
             if error.args[0].code() not in NOT_LED_YET:
                 raise
@@ -197,16 +200,16 @@ class Broker:
 
     def add_partitions(self, topic: str, count: int) -> None:
         """Raises the number of a topic's partitions to `count`."""
-        self.admin.create_partitions([NewPartitions(topic, count)])[topic].result(timeout=30)
+        self.admin.create_partitions([NewPartitions(topic, count)])[topic].result(timeout=ANSWER_S_MAX)
 
     def delete_topic(self, topic: str) -> None:
         """Deletes a topic."""
-        self.admin.delete_topics([topic])[topic].result(timeout=30)
+        self.admin.delete_topics([topic])[topic].result(timeout=ANSWER_S_MAX)
 
     def delete_records(self, topic: str, partition: int, before: int) -> None:
         """Deletes the records below an offset, as retention does."""
         place = TopicPartition(topic, partition, before)
-        self.admin.delete_records([place])[place].result(timeout=30)
+        self.admin.delete_records([place])[place].result(timeout=ANSWER_S_MAX)
 
     def allow_reading(self, *topics: str, principal: str = READER) -> None:
         """Grants a principal READ and DESCRIBE on these topics, and nothing else."""
@@ -219,7 +222,7 @@ class Broker:
             for operation in (AclOperation.READ, AclOperation.DESCRIBE)
         ]  # fmt: skip
         for answer in self.admin.create_acls(grants).values():
-            answer.result(timeout=30)
+            answer.result(timeout=ANSWER_S_MAX)
 
     def sasl_properties(self, tls: bool = False) -> dict[str, str]:
         """librdkafka properties of the principal `reader`; the password stands in `KAFKA_PASSWORD`."""
@@ -274,6 +277,6 @@ def make_certificate(store_path: Path, name: str, *more: str) -> Path:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_S_MAX)
     if done.returncode != 0:
         raise RuntimeError(f"{command[0]} failed with {done.returncode}:\n{done.stdout}{done.stderr}")

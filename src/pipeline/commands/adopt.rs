@@ -4,21 +4,26 @@
 //! leaves a ledger whose state is made to its end by the next start. Rows are told from ours by their batch: ours
 //! have numbers above the largest that stood in the table.
 //!
-//! `adopt`: the ledger of this job is lost, and its rows and perhaps its state are there. The rows say how far the topics
-//! were read: the largest offset of each topic partition. What was read after it, and left no row, is read again:
-//! repeats are dropped again, letters are known by their places. The state is made from the rows alone, so that a table
+//! `adopt`: the ledger of this job is lost, and its rows and perhaps its state are there. The rows do not say how far the
+//! live offsets were: a backfill may have read ahead of them, and rows of an earlier topic may have larger offsets. So the
+//! topics are read again from where the job began: what has a row is a repeat, letters are known by their places. Only who
+//! knows better goes on after the last row of each topic partition. The state is made from the rows alone, so that a table
 //! that came back from a backup takes in again what it lacks.
 
 use std::collections::BTreeMap;
 
 use super::{AtWork, Confirm, Done, Restored, open_named};
 use crate::commit::ledger::{BucketRecord, Change, Cursor, DedupRecord, EraRecord, Others};
-use crate::dedup::{self, BucketTally, GenerationFacts, GenerationName};
+use crate::dedup::{
+    self, BucketTally, GenerationFacts, GenerationName, GenerationRef, Key, Store, StoreError,
+};
 use crate::job::file::LoadedJob;
+use crate::memory::MemoryPlan;
 use crate::offset::{NextOffset, TopicPartition};
-use crate::pipeline::owner::{Prepared, prepare};
+use crate::pipeline::keys::KeyMaker;
+use crate::pipeline::owner::{Owner, Prepared, prepare};
 use crate::pipeline::rebuild::{
-    Restoring, add_keys_of_others, adopted, commit_change, find_suppressed, restore, tallies, tally_at,
+    Restoring, adopted, commit_change, find_suppressed, read_keys, restore, tallies, tally_at,
 };
 use crate::pipeline::report::Report;
 use crate::pipeline::state::{bucket_record, facts};
@@ -27,7 +32,7 @@ use crate::pipeline::world::{AdoptedLedger, Inheritance};
 use crate::pipeline::{RunOptions, stops};
 use crate::protocol::name_generation;
 use crate::protocol::start::Allow;
-use crate::sink::scan::{self, Reach};
+use crate::sink::scan::{self, Reach, RowsOf};
 use crate::stop::{Reason, Stop};
 
 const ADOPT_ROWS: &str = "state adopt-rows";
@@ -95,7 +100,7 @@ async fn adopt_beside(work: &mut AtWork<'_>, report: &mut dyn Report) -> Result<
     others.adopted = true;
     let Some(which) = adopted(&next) else { unreachable!("the rows were adopted above") };
     let before = store.buckets().to_vec();
-    let named = add_keys_of_others(owner, keys, memory, which, None, &mut store, report).await?;
+    let named = add_keys_of_others(owner, keys, memory, which, &mut store, report).await?;
     let named = match named {
         Some(named) => named,
         // Nothing new: the record alone says from now on that these rows count.
@@ -125,6 +130,47 @@ async fn adopt_beside(work: &mut AtWork<'_>, report: &mut dyn Report) -> Result<
     Ok(state)
 }
 
+/// Looks up the keys of rows by others in a store, many at once, and adds those that it lacks as generations of their own
+/// segments. Gives the last of them.
+async fn add_keys_of_others(
+    owner: &mut Owner<'_>,
+    keys: &KeyMaker,
+    memory: &MemoryPlan,
+    which: RowsOf,
+    store: &mut Store,
+    report: &mut dyn Report,
+) -> Result<Option<GenerationRef>, Stop> {
+    let folder = state_folder(&owner.world.loaded.job);
+    let (epoch, batch) = (owner.record.epoch, owner.record.batch);
+    let since = store.complete_since();
+    let keys_max =
+        usize::try_from(memory.pending_bytes_max() / dedup::PENDING_KEY_BYTES).unwrap_or(usize::MAX);
+    let mut last = None;
+    let mut settle = |store: &mut Store, found: &mut Vec<Key>| -> Result<(), StoreError> {
+        store.probe(found)?;
+        found.clear();
+        if store.stats().pending_keys > 0 {
+            last = Some(store.prepare(GenerationName::new(epoch, batch, uuid::Uuid::now_v7()))?);
+            // Named by the ledger or not, the next keys are looked up among these: the commit names the last one.
+            store.publish();
+        }
+        Ok(())
+    };
+    let mut found: Vec<Key> = Vec::with_capacity(keys_max);
+    read_keys(owner, keys, memory, which, None, report, &mut |keys| {
+        for key in keys.iter().filter(|key| key.event_time >= since) {
+            if found.len() == keys_max {
+                settle(store, &mut found)?;
+            }
+            found.push(*key);
+        }
+        Ok(())
+    })
+    .await?;
+    settle(store, &mut found).map_err(|error| stops::state(&folder, error))?;
+    Ok(last)
+}
+
 /// What others have in each bucket, with what was added to the state just now.
 fn added(before: &[BucketTally], after: &[BucketTally], others: &Option<Others>) -> Vec<BucketRecord> {
     let known = others.as_ref().map_or_else(Vec::new, |others| tallies(&others.buckets));
@@ -137,7 +183,8 @@ fn added(before: &[BucketTally], after: &[BucketTally], others: &Option<Others>)
     after.iter().filter_map(of_bucket).collect()
 }
 
-/// Makes a lost ledger again from the rows of the table, and what the state folder knows of the job.
+/// Makes a lost ledger again from the rows of the table, and what the state folder knows of the job. The topics are read
+/// again from the job's start, or, with `after_last_row`, from after the last record of each that left a row.
 ///
 /// # Errors
 /// `USAGE` if no ledger was lost or the table has no row of this job; `KEY_SPEC_CHANGED` if the state was made for another
@@ -145,6 +192,7 @@ fn added(before: &[BucketTally], after: &[BucketTally], others: &Option<Others>)
 pub async fn adopt_ledger(
     loaded: &LoadedJob,
     options: &RunOptions,
+    after_last_row: bool,
     confirm: Confirm<'_>,
     report: &mut dyn Report,
 ) -> Result<Done, Stop> {
@@ -171,12 +219,20 @@ pub async fn adopt_ledger(
         ));
     }
     let (name, known) = usable_generation(&prepared, loaded, options, &reach)?;
-    let starts = prepared.survey.starts(&loaded.job, None)?;
+    let starts = prepared.survey.starts_again(&loaded.job)?;
     let mut adopted = adopted_ledger(&prepared, loaded, name, &known, &reach)?;
+    if !after_last_row {
+        adopted.cursors.clear();
+        // Who reads from the begin again meets keys of any age: all rows count, and buckets expire as they did at first.
+        adopted.dedup.complete_since = None;
+    }
     let catalog = &*prepared.survey.catalog;
     adopted.suppressed = find_suppressed(catalog, &loaded.job, &known.spec.key_spec_hash).await?;
-    let places: Vec<String> =
-        adopted.cursors.iter().map(|(name, cursor)| format!("{name}: next offset {}", cursor.end)).collect();
+    let next = |(name, start): (&TopicPartition, &NextOffset)| {
+        let next = adopted.cursors.get(name).map_or(*start, |cursor| cursor.end);
+        format!("{name}: next offset {next}")
+    };
+    let places: Vec<String> = starts.iter().map(next).collect();
     confirm(&format!(
         "make the ledger of table {table} again at batch {}, from its {} rows?\n  {}",
         adopted.batch,
@@ -191,9 +247,11 @@ pub async fn adopt_ledger(
     let missing = lacking(&known.buckets, &tallies(&work.owner.record.buckets));
     let batch = work.owner.record.batch;
     let state = work.end(result).await?;
+    let from =
+        if after_last_row { "after the last row of each topic partition" } else { "from the job's start" };
     let mut notes = vec![format!(
-        "the ledger was made again at batch {batch}; what the topics hold after the last row of each topic partition is \
-         read again, and its repeats are dropped"
+        "the ledger was made again at batch {batch}; what the topics hold {from} is read again, and what has a row is \
+         dropped as a repeat"
     )];
     if name.batch <= reach.batch_max && missing > 0 {
         notes.push(format!(

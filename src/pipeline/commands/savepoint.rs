@@ -11,8 +11,8 @@
 //! 4. restore: the side table has the files of its tag. The next start does this if a crash came before, or again.
 //! 5. drop: main's tag is gone, and with it the savepoint: what the side table still has is a stray.
 //!
-//! Beside a run in progress these commands end BUSY. [`tag_tables`] is what an owner that is asked to make a savepoint
-//! calls between two microbatches.
+//! Beside a run in progress its owner is asked to create or drop (R9), and does so between two microbatches
+//! ([`create_asked`], [`drop_asked`]). A restore takes rows and offsets from under a run, so it ends BUSY.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,6 +22,7 @@ use serde::Serialize;
 use super::{Confirm, need_record};
 use crate::catalog::updates::Updates;
 use crate::commit::ledger::{Change, Found, Jump, Kind, LIVE_LANE, LedgerRecord, SUMMARY_RESTORED};
+use crate::commit::request::Ask;
 use crate::commit::savepoint::{self, Savepoint};
 use crate::commit::side::{self, Role};
 use crate::commit::upkeep::{Beyond, Upkeep};
@@ -30,6 +31,8 @@ use crate::event_time::EventTimeMs;
 use crate::job::Job;
 use crate::job::file::LoadedJob;
 use crate::pipeline::owner::{Owner, judge, prepare};
+use crate::pipeline::report::{Report, Unheard};
+use crate::pipeline::requests::{self, done_or_asked};
 use crate::pipeline::survey::{Survey, side_idents, state_folder};
 use crate::pipeline::{RunOptions, plan_memory, stops};
 use crate::protocol::generation;
@@ -74,6 +77,14 @@ pub struct Listing {
     pub strays: Vec<String>,
 }
 
+impl Listing {
+    /// Whether there is a savepoint, or what a crash left of one, of this name.
+    fn names(&self, name: &str) -> bool {
+        self.savepoints.iter().any(|found| found.name == name)
+            || self.strays.iter().any(|stray| stray == name)
+    }
+}
+
 /// What `savepoint restore` does, or would do.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Restoration {
@@ -101,14 +112,14 @@ fn check_name(name: &str) -> Result<(), Stop> {
     ))
 }
 
-/// The way out of a table at work: its owner can not be asked yet.
+/// The way out of a table at work for who would take rows and offsets from under it.
 fn beside_a_run(stop: Stop, command: &str) -> Stop {
     if stop.reason != Reason::Busy {
         return stop;
     }
     let way_out = format!(
-        "nothing was changed; a savepoint is made and restored between two runs: let that run end (a drain ends by itself, \
-         SIGTERM ends a loop in order), then:\n  tidemill {command}"
+        "nothing was changed; a savepoint is restored between two runs: let that run end (a drain ends by itself, SIGTERM \
+         ends a loop in order), then:\n  tidemill {command}"
     );
     Stop { way_out, ..stop }
 }
@@ -121,32 +132,94 @@ fn of_ledger(table: &Table, error: crate::commit::ledger::LedgerError) -> Stop {
     stops::ledger(table.identifier(), error)
 }
 
-/// Makes a savepoint of the last commit.
+/// Makes a savepoint of the last commit, or has it made by the owner that there is.
 ///
 /// # Errors
-/// `USAGE`: the name can not be one, or is taken. `BUSY`: a run is in progress. The [`Stop`] of the start table.
-pub async fn create_savepoint(loaded: &LoadedJob, options: &RunOptions, name: &str) -> Result<Listed, Stop> {
+/// `USAGE`: the name can not be one, or is taken. The [`Stop`] of the start table.
+pub async fn create_savepoint(
+    loaded: &LoadedJob,
+    options: &RunOptions,
+    name: &str,
+    report: &mut dyn Report,
+) -> Result<Listed, Stop> {
     check_name(name)?;
-    let again = format!("savepoint create {} {name}", options.job_shown);
-    let prepared =
-        prepare(loaded, options, Allow::default()).await.map_err(|stop| beside_a_run(stop, &again))?;
-    need_record(&prepared, options)?;
-    if let Some(known) = find(&prepared.survey, name)? {
-        return Err(Stop::new(
-            Reason::Usage,
-            format!("savepoint {name} stands already, of batch {}", known.record.batch),
-            format!(
-                "nothing was changed; take another name, or drop that one first:\n  tidemill savepoint drop {} {name}",
-                options.job_shown
-            ),
-        ));
+    let ask = Ask::CreateSavepoint { savepoint: name.to_owned() };
+    let judge = async || match find_listed(loaded, options, name).await? {
+        Some(known) => Err(taken(name, known.batch, options)),
+        None => Ok(()),
+    };
+    let as_owner = async |was_asked| create_as_owner(loaded, options, name, was_asked).await;
+    if let Some(made) = done_or_asked(loaded, options, &ask, report, judge, as_owner).await? {
+        return Ok(made);
     }
-    let (mut owner, _, _) =
-        prepared.take(&BTreeMap::new()).await.map_err(|stop| beside_a_run(stop, &again))?;
-    let tagged = tag_tables(&mut owner, name, true).await;
+    find_listed(loaded, options, name).await?.ok_or_else(|| not_done(name, "made"))
+}
+
+async fn create_as_owner(
+    loaded: &LoadedJob,
+    options: &RunOptions,
+    name: &str,
+    was_asked: bool,
+) -> Result<Listed, Stop> {
+    let prepared = prepare(loaded, options, Allow::default()).await?;
+    need_record(&prepared, options)?;
+    if let Some(known) = find(&prepared.survey, name)?.filter(|_| !was_asked) {
+        return Err(taken(name, known.record.batch, options));
+    }
+    let (mut owner, _, _) = prepared.take(&BTreeMap::new()).await?;
+    let tagged = tag_unless_tagged(&mut owner, name).await;
     owner.end(tagged).await?;
     let made = savepoint_on(&owner.main, name)?;
     Ok(listed(&loaded.job, &made, &owner.main, owner.sides.values()))
+}
+
+/// What was asked before comes first: it may be this very savepoint.
+async fn tag_unless_tagged(owner: &mut Owner<'_>, name: &str) -> Result<(), Stop> {
+    requests::take(owner, &mut Unheard).await?;
+    if savepoint::tagged(owner.main_metadata(), name).is_some() {
+        return Ok(());
+    }
+    tag_tables(owner, name, true).await
+}
+
+/// An owner makes a savepoint between two microbatches, and says so; nothing if it stands already.
+pub(in crate::pipeline) async fn create_asked(
+    owner: &mut Owner<'_>,
+    name: &str,
+) -> Result<Result<Option<String>, String>, Stop> {
+    if !savepoint::is_name(name) {
+        return Ok(Err(format!("{name:?} can not name a savepoint")));
+    }
+    if savepoint::tagged(owner.main_metadata(), name).is_some() {
+        return Ok(Ok(None));
+    }
+    tag_tables(owner, name, false).await?;
+    Ok(Ok(Some(format!("savepoint {name} was made of batch {}", owner.record.batch))))
+}
+
+fn taken(name: &str, batch: u64, options: &RunOptions) -> Stop {
+    Stop::new(
+        Reason::Usage,
+        format!("savepoint {name} stands already, of batch {batch}"),
+        format!(
+            "nothing was changed; take another name, or drop that one first:\n  tidemill savepoint drop {} {name}",
+            options.job_shown
+        ),
+    )
+}
+
+/// The stop where an owner took a request up and what was asked is not so.
+fn not_done(name: &str, done: &str) -> Stop {
+    Stop::new(
+        Reason::Usage,
+        format!("the owner of the table was asked, and savepoint {name} was not {done}"),
+        "its log says why it refused, or somebody else was quicker; see what there is:\n  tidemill savepoint list JOB",
+    )
+}
+
+async fn find_listed(loaded: &LoadedJob, options: &RunOptions, name: &str) -> Result<Option<Listed>, Stop> {
+    let listing = list_savepoints(loaded, options).await?;
+    Ok(listing.savepoints.into_iter().find(|found| found.name == name))
 }
 
 /// Tags the tables at the last commit, and gives them back if that is asked for. No microbatch is open, and no side table is
@@ -222,13 +295,13 @@ fn savepoint_on(main: &Table, name: &str) -> Result<Savepoint, Stop> {
 }
 
 fn need(survey: &Survey, name: &str, options: &RunOptions) -> Result<Savepoint, Stop> {
-    find(survey, name)?.ok_or_else(|| no_such(survey, name, options))
+    find(survey, name)?.ok_or_else(|| no_such(&survey.main_ident.to_string(), name, options))
 }
 
-fn no_such(survey: &Survey, name: &str, options: &RunOptions) -> Stop {
+fn no_such(table: &str, name: &str, options: &RunOptions) -> Stop {
     Stop::new(
         Reason::Usage,
-        format!("table {} has no savepoint {name}", survey.main_ident),
+        format!("table {table} has no savepoint {name}"),
         format!(
             "nothing was changed; to see which there are:\n  tidemill savepoint list {}",
             options.job_shown
@@ -309,34 +382,61 @@ fn strays_of<'a>(main: &Table, sides: impl Iterator<Item = &'a Table>) -> Vec<St
     names.into_iter().collect()
 }
 
-/// Drops a savepoint, or what a crash left of one. Rows stay as they are.
+/// Drops a savepoint, or what a crash left of one, or has it dropped by the owner that there is. Rows stay as they are.
 ///
 /// # Errors
-/// `USAGE`: there is none of this name. `BUSY`: a run is in progress. The [`Stop`] of the start table.
+/// `USAGE`: there is none of this name. The [`Stop`] of the start table.
 pub async fn drop_savepoint(
     loaded: &LoadedJob,
     options: &RunOptions,
     name: &str,
     confirm: Confirm<'_>,
+    report: &mut dyn Report,
 ) -> Result<(), Stop> {
-    let again = format!("savepoint drop {} {name}", options.job_shown);
-    let prepared =
-        prepare(loaded, options, Allow::default()).await.map_err(|stop| beside_a_run(stop, &again))?;
-    need_record(&prepared, options)?;
-    let survey = &prepared.survey;
-    let strays = survey.main.as_ref().map_or_else(Vec::new, |main| strays_of(main, survey.sides.values()));
-    let stands = find(survey, name)?.is_some();
-    if !stands && !strays.iter().any(|stray| stray == name) {
-        return Err(no_such(survey, name, options));
+    let listing = list_savepoints(loaded, options).await?;
+    if !listing.names(name) {
+        return Err(no_such(&listing.table, name, options));
     }
     confirm(&format!(
         "drop savepoint {name} of table {}? Its rows can not be gone back to then",
-        survey.main_ident
+        listing.table
     ))?;
-    let (mut owner, _, _) =
-        prepared.take(&BTreeMap::new()).await.map_err(|stop| beside_a_run(stop, &again))?;
-    let dropped = untag_tables(&mut owner, name, stands, &strays).await;
+    let ask = Ask::DropSavepoint { savepoint: name.to_owned() };
+    let as_owner = async |_| drop_as_owner(loaded, options, name).await;
+    let done = done_or_asked(loaded, options, &ask, report, async || Ok(()), as_owner).await?;
+    // Side tables lose their tags after main: the savepoint is gone with main's.
+    let stands = |listing: Listing| listing.savepoints.iter().any(|found| found.name == name);
+    if done.is_none() && stands(list_savepoints(loaded, options).await?) {
+        return Err(not_done(name, "dropped"));
+    }
+    Ok(())
+}
+
+async fn drop_as_owner(loaded: &LoadedJob, options: &RunOptions, name: &str) -> Result<(), Stop> {
+    let prepared = prepare(loaded, options, Allow::default()).await?;
+    need_record(&prepared, options)?;
+    let (mut owner, _, _) = prepared.take(&BTreeMap::new()).await?;
+    let dropped = drop_after_requests(&mut owner, name).await;
     owner.end(dropped).await
+}
+
+async fn drop_after_requests(owner: &mut Owner<'_>, name: &str) -> Result<(), Stop> {
+    requests::take(owner, &mut Unheard).await?;
+    drop_asked(owner, name).await.map(|_| ())
+}
+
+/// An owner drops a savepoint between two microbatches, and says so; nothing if it is gone already.
+pub(in crate::pipeline) async fn drop_asked(
+    owner: &mut Owner<'_>,
+    name: &str,
+) -> Result<Option<String>, Stop> {
+    let strays = strays_of(&owner.main, owner.sides.values());
+    let stands = savepoint::tagged(owner.main_metadata(), name).is_some();
+    if !stands && !strays.iter().any(|stray| stray == name) {
+        return Ok(None);
+    }
+    untag_tables(owner, name, stands, &strays).await?;
+    Ok(Some(format!("savepoint {name} is dropped; rows stay as they are")))
 }
 
 async fn untag_tables(
@@ -380,7 +480,9 @@ pub async fn look_at_restore(
     name: &str,
 ) -> Result<Restoration, Stop> {
     let mut survey = Survey::take(&loaded.job, &plan_memory(loaded)?).await?;
-    let Some(head) = survey.record().cloned() else { return Err(no_such(&survey, name, options)) };
+    let Some(head) = survey.record().cloned() else {
+        return Err(no_such(&survey.main_ident.to_string(), name, options));
+    };
     plan(&mut survey, &head, loaded, options, name)
 }
 

@@ -280,14 +280,7 @@ impl Chaos {
                 self.replay = false;
                 roll_forward(universe);
             }
-            Reason::KeySpecChanged | Reason::OtherJob => {
-                // Back to what the ledger says.
-                if let Some(record) = universe.content(&main_ident()).record {
-                    let columns = record.dedup.key_spec_hash.rsplit(' ').next();
-                    universe.job.key_columns = columns.and_then(|text| text.parse().ok()).unwrap_or(0);
-                    universe.job.name = record.job_name.clone();
-                }
-            }
+            Reason::KeySpecChanged | Reason::OtherJob => set_job_back(universe),
             // It was meant, or it was not.
             Reason::TableRolledBack if !self.replay && universe.choose(2) == 0 => {
                 self.replay = true;
@@ -571,6 +564,24 @@ impl Chaos {
             self.judge()?;
         }
         Err("a life does not end although nothing goes wrong".to_owned())
+    }
+}
+
+/// The job file is set back to what the ledger says; where there is none yet, to the job that the side tables follow.
+fn set_job_back(universe: &mut Universe) {
+    match universe.content(&main_ident()).record {
+        Some(record) => {
+            let columns = record.dedup.key_spec_hash.rsplit(' ').next();
+            universe.job.key_columns = columns.and_then(|text| text.parse().ok()).unwrap_or(0);
+            universe.job.name = record.job_name.clone();
+        }
+        None => {
+            let sides = Role::ALL.into_iter().filter_map(|role| universe.tables.get(&side_ident(role)));
+            let followed = sides.filter_map(|named| inspect(&named.metadata).expect("a mark of ours")).next();
+            if let Some(mark) = followed {
+                universe.job.name = mark.job_name;
+            }
+        }
     }
 }
 

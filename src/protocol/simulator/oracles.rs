@@ -22,6 +22,11 @@ pub(super) fn judge(universe: &mut Universe, flight: &Flight, base: &Content, fi
     }
 }
 
+/// The largest batch number of rows that stood in the tables before the ledger of this record; those to come are above it.
+pub(super) fn after(record: &LedgerRecord) -> u64 {
+    record.others.as_ref().map_or(0, |others| others.batch_max)
+}
+
 /// Rows of ours.
 fn rows(files: &[File]) -> impl Iterator<Item = &Row> {
     files.iter().flat_map(|file| file.rows.iter()).filter(|row| row.batch.is_some())
@@ -45,7 +50,8 @@ fn judge_main(
         truth.late.extend(late);
     }
     let late = truth.late.iter().filter(|row| !row.is_unproven);
-    let keys: Vec<Key> = rows(&files).chain(late).map(|row| row.key).collect();
+    let main = rows(&files).filter(|row| row.batch > Some(after(&record)));
+    let keys: Vec<Key> = main.chain(late).map(|row| row.key).collect();
     let once: BTreeSet<Key> = keys.iter().copied().collect();
     universe.require(keys.len() == once.len(), || {
         format!("a key stands twice in main and late table after batch {}", record.batch)
@@ -96,7 +102,7 @@ fn below(universe: &Universe, flight: &Flight, base: &Content) -> Content {
 /// Every record follows from the one before.
 fn judge_chain(universe: &mut Universe, before: Option<&LedgerRecord>, next: &LedgerRecord) {
     let Some(before) = before else {
-        let fine = next.kind == Kind::Start && next.batch == 0 && next.sequence == 1;
+        let fine = next.kind == Kind::Start && next.batch == after(next) && next.sequence == 1;
         return universe.require(fine, || "the first record of a table is no start".to_owned());
     };
     // A replay goes on from an older record, above everything that was rolled back.
@@ -200,7 +206,8 @@ fn judge_side(universe: &mut Universe, flight: &Flight, base: &Content, files: V
         Role::Late => {
             let is_of_batch = |row: &&Row| row.batch.is_some_and(|batch| batch <= mark.batch);
             let named: BTreeSet<Row> = content.truth.late.iter().filter(is_of_batch).copied().collect();
-            let found: BTreeSet<Row> = rows(&files).copied().collect();
+            let after = head.map_or(0, |record| after(record));
+            let found: BTreeSet<Row> = rows(&files).filter(|row| row.batch > Some(after)).copied().collect();
             universe.require(!is_head || found == named, || {
                 format!("the late table has {found:?} where main named {named:?}, after batch {}", mark.batch)
             });
@@ -223,7 +230,8 @@ pub(super) fn judge_end(universe: &mut Universe) {
         });
     }
     universe.require(record.released, || "the table was not given back".to_owned());
-    let late: BTreeSet<Row> = universe.content(&side_ident(Role::Late)).rows().copied().collect();
+    let late = universe.content(&side_ident(Role::Late));
+    let late: BTreeSet<Row> = late.rows().filter(|row| row.batch > Some(after(&record))).copied().collect();
     universe.require(late == content.truth.late, || {
         format!("the late table has {late:?} where main named {:?}", content.truth.late)
     });

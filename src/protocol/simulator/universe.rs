@@ -444,8 +444,11 @@ impl Universe {
         let keep: BTreeSet<i64> = ancestors.take(kept).map(|snapshot| snapshot.snapshot_id()).collect();
         let is_kept = |value: &Value| value["snapshot-id"].as_i64().is_some_and(|id| keep.contains(&id));
         let edited = self.edited(&metadata, |text| {
-            for list in ["snapshots", "snapshot-log"] {
-                text[list].as_array_mut().into_iter().for_each(|entries| entries.retain(is_kept));
+            text["snapshots"].as_array_mut().into_iter().for_each(|entries| entries.retain(is_kept));
+            // As Iceberg's libraries do: a log with a gap would tell a time travel wrong, so what lies before one goes.
+            for log in text["snapshot-log"].as_array_mut().into_iter() {
+                let gap = log.iter().rposition(|entry| !is_kept(entry));
+                log.drain(..gap.map_or(0, |gap| gap + 1));
             }
         });
         self.tables.get_mut(ident).expect("the table is there").metadata = edited;

@@ -1,0 +1,294 @@
+//! Orders of events that were found once and must stay mended: nothing goes wrong in them but what they say.
+//!
+//! A scene steps one process at a time to a place that it names, and lets a person or another engine act in between. The
+//! oracles judge every request, as in a seed.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use super::oracles;
+use super::process::{Command, Orders, live, main_ident, side_ident};
+use super::universe::{Choices, Event, EventKind, File, Folder, Row, Shared, Universe};
+use crate::commit::ledger::Kind;
+use crate::commit::side::Role;
+use crate::stop::{Reason, Stop};
+
+/// Most steps of a process to the place that a scene waits for.
+const STEPS_MAX: usize = 2_000;
+/// Longer than a lease and its grace.
+const LEASE_OVER_MS: i64 = 700_000;
+
+/// How a process ended.
+type Ended = Result<(), Stop>;
+
+struct Process(Pin<Box<dyn Future<Output = Ended>>>);
+
+struct Scene {
+    shared: Shared,
+    started: usize,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let mut universe = Universe::new(Choices::First);
+        universe.folders.extend([Folder::default(), Folder::default()]);
+        Self { shared: Rc::new(std::cell::RefCell::new(universe)), started: 0 }
+    }
+
+    /// Starts a process in a state folder, after every lease is over.
+    fn start(&mut self, folder: usize, orders: Orders) -> Process {
+        let number = self.started;
+        self.started += 1;
+        self.shared.borrow_mut().elapsed_ms += LEASE_OVER_MS;
+        Process(Box::pin(live(Rc::clone(&self.shared), number, Orders { folder, ..orders })))
+    }
+
+    /// One step; what the oracles say against it ends the scene.
+    fn step(&self, process: &mut Process) -> Option<Ended> {
+        let polled = process.0.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        let mut universe = self.shared.borrow_mut();
+        assert_eq!(universe.violation.take(), None);
+        // Whoever waits, waits for time.
+        universe.elapsed_ms += 10;
+        match polled {
+            Poll::Ready(ended) => {
+                // What the kernel frees with a process.
+                universe.folders.iter_mut().for_each(|folder| folder.locked_by = None);
+                Some(ended)
+            }
+            Poll::Pending => None,
+        }
+    }
+
+    /// Lets a process go on until something has happened once more.
+    fn until(&self, process: &mut Process, what: &'static str) {
+        let count = |shared: &Shared| shared.borrow().coverage.get(what).copied().unwrap_or(0);
+        let before = count(&self.shared);
+        for _ in 0..STEPS_MAX {
+            assert!(self.step(process).is_none(), "the process ended before {what}");
+            if count(&self.shared) > before {
+                return;
+            }
+        }
+        panic!("{what} never came");
+    }
+
+    fn end(&self, mut process: Process) -> Ended {
+        (0..STEPS_MAX).find_map(|_| self.step(&mut process)).expect("a life ends")
+    }
+
+    /// A start that ends.
+    fn run(&mut self, folder: usize, orders: Orders) -> Ended {
+        let process = self.start(folder, orders);
+        self.end(process)
+    }
+
+    /// A process dies.
+    fn kill(&self, process: Process) {
+        drop(process);
+        let mut universe = self.shared.borrow_mut();
+        universe.wakes.clear();
+        universe.folders.iter_mut().for_each(|folder| folder.locked_by = None);
+    }
+
+    fn produce(&self, events: &[(u32, EventKind)]) {
+        let records = &mut self.shared.borrow_mut().log.partitions[0].records;
+        records.extend(events.iter().map(|&(key, kind)| Some(Event { key, kind })));
+    }
+
+    /// Another main table under the name, empty; gives the one that was there.
+    fn replace_main(&self) -> super::universe::Named {
+        let mut universe = self.shared.borrow_mut();
+        let old = universe.tables.remove(&main_ident()).expect("main is there");
+        universe.create_table(&main_ident(), 1);
+        old
+    }
+
+    fn late_rows(&self) -> Vec<Row> {
+        self.shared.borrow().content(&side_ident(Role::Late)).rows().copied().collect()
+    }
+
+    fn batch(&self) -> u64 {
+        self.shared.borrow().content(&main_ident()).record.expect("a ledger").batch
+    }
+
+    /// The snapshot of main that carries a microbatch.
+    fn snapshot_of_batch(&self, batch: u64) -> i64 {
+        let universe = self.shared.borrow();
+        let has = |id: &i64| {
+            let record = &universe.contents[id].record;
+            record.as_ref().is_some_and(|record| record.kind == Kind::Data && record.batch == batch)
+        };
+        let metadata = &universe.tables[&main_ident()].metadata;
+        metadata.snapshots().map(|snapshot| snapshot.snapshot_id()).find(has).expect("it was committed")
+    }
+
+    /// Everything is read, and stands where it belongs.
+    fn is_whole(&self) {
+        let mut universe = self.shared.borrow_mut();
+        oracles::judge_end(&mut universe);
+        assert_eq!(universe.violation.take(), None);
+    }
+}
+
+fn orders() -> Orders {
+    Orders {
+        command: Command::Run,
+        folder: 0,
+        takeover: false,
+        ignore_rows: false,
+        replay: false,
+        skew_ms: 0,
+        batch_events: 4,
+        follows: false,
+    }
+}
+
+fn ignoring() -> Orders {
+    Orders { ignore_rows: true, ..orders() }
+}
+
+fn reason(ended: Ended) -> Reason {
+    ended.expect_err("it stops").reason
+}
+
+const LATE: (u32, EventKind) = (1, EventKind::Late);
+const ON_TIME: (u32, EventKind) = (2, EventKind::OnTime);
+
+#[test]
+fn a_ledger_begun_beside_late_rows_of_an_earlier_one_counts_above_them_and_rebuilds_without_them() {
+    let mut scene = Scene::new();
+    scene.produce(&[LATE, ON_TIME]);
+    scene.run(0, orders()).unwrap();
+    let earlier = scene.batch();
+    scene.replace_main();
+    assert_eq!(reason(scene.run(1, orders())), Reason::TableNotEmpty);
+    scene.run(1, ignoring()).unwrap();
+    assert!(scene.batch() > earlier);
+    // Both ledgers took the event: the rows of the first do not count as seen.
+    assert_eq!(scene.late_rows().len(), 2);
+    scene.shared.borrow_mut().folders[1] = Folder::default();
+    scene.produce(&[LATE, (3, EventKind::Late)]);
+    scene.run(1, orders()).unwrap();
+    assert_eq!(scene.shared.borrow().coverage["state rebuilt"], 1);
+    assert_eq!(scene.late_rows().len(), 3);
+    scene.is_whole();
+}
+
+#[test]
+fn late_rows_that_come_after_the_start_table_has_looked_are_not_taken_over_with_their_table() {
+    let mut scene = Scene::new();
+    scene.produce(&[LATE]);
+    let mut zombie = scene.start(0, orders());
+    scene.until(&mut zombie, "sides_sent");
+    scene.replace_main();
+    let mut next = scene.start(1, orders());
+    scene.until(&mut next, "main_sent");
+    assert!(scene.late_rows().is_empty());
+    assert_eq!(reason(scene.end(zombie)), Reason::TableReplaced);
+    assert_eq!(scene.late_rows().len(), 1);
+    assert_eq!(reason(scene.end(next)), Reason::TableChanged);
+    // Its ledger has begun, and those rows are not its own.
+    assert_eq!(reason(scene.run(1, ignoring())), Reason::TableNotEmpty);
+}
+
+#[test]
+fn a_zombie_brings_nothing_to_a_late_table_that_another_ledger_has_claimed() {
+    let mut scene = Scene::new();
+    scene.produce(&[LATE]);
+    let mut zombie = scene.start(0, orders());
+    scene.until(&mut zombie, "sides_sent");
+    scene.replace_main();
+    let mut next = scene.start(1, orders());
+    scene.until(&mut next, "data_files_closed");
+    assert_eq!(reason(scene.end(zombie)), Reason::TableReplaced);
+    assert!(scene.late_rows().is_empty());
+    scene.end(next).unwrap();
+    assert_eq!(scene.late_rows().len(), 1);
+    scene.is_whole();
+}
+
+#[test]
+fn a_debt_is_paid_although_another_ledger_has_marked_the_late_table_meanwhile() {
+    let mut scene = Scene::new();
+    scene.produce(&[LATE]);
+    let mut killed = scene.start(0, orders());
+    scene.until(&mut killed, "sides_sent");
+    scene.kill(killed);
+    let first = scene.replace_main();
+    let mut second = scene.start(1, orders());
+    scene.until(&mut second, "main_landed");
+    // It has marked both side tables and read nothing.
+    scene.until(&mut second, "data_files_closed");
+    scene.kill(second);
+    scene.shared.borrow_mut().tables.insert(main_ident(), first);
+    scene.run(0, orders()).unwrap();
+    assert_eq!(scene.late_rows().len(), 1);
+    scene.is_whole();
+}
+
+#[test]
+fn a_zombie_of_a_replay_takes_no_late_rows_back_that_its_successor_wrote() {
+    let mut scene = Scene::new();
+    let one_by_one = Orders { batch_events: 1, ..orders() };
+    scene.produce(&[LATE, (3, EventKind::Late)]);
+    scene.run(0, one_by_one).unwrap();
+    let first = scene.snapshot_of_batch(1);
+    scene.shared.borrow_mut().set_current(&main_ident(), first);
+    let replaying = Orders { replay: true, ..orders() };
+    let mut zombie = scene.start(0, replaying);
+    scene.until(&mut zombie, "fenced");
+    scene.run(1, replaying).unwrap();
+    assert_eq!(scene.late_rows().len(), 2);
+    assert_eq!(reason(scene.end(zombie)), Reason::Fenced);
+    assert_eq!(scene.late_rows().len(), 2);
+    scene.is_whole();
+}
+
+#[test]
+fn a_living_owner_does_not_go_on_from_a_table_that_was_rolled_back_and_whose_history_was_expired() {
+    let mut scene = Scene::new();
+    scene.produce(&[ON_TIME]);
+    let mut owner = scene.start(0, Orders { follows: true, ..orders() });
+    scene.until(&mut owner, "batch landed");
+    let main = main_ident();
+    let parent = {
+        let universe = scene.shared.borrow();
+        universe.tables[&main].metadata.current_snapshot().unwrap().parent_snapshot_id().unwrap()
+    };
+    append_and_expire(&scene, Some(parent));
+    scene.produce(&[(3, EventKind::OnTime)]);
+    assert_eq!(reason(scene.end(owner)), Reason::TableRolledBack);
+}
+
+#[test]
+fn a_living_owner_goes_on_where_others_expired_its_record_and_its_rows_are_there() {
+    let mut scene = Scene::new();
+    scene.produce(&[ON_TIME]);
+    let mut owner = scene.start(0, Orders { follows: true, ..orders() });
+    scene.until(&mut owner, "batch landed");
+    // Two commits of others, the first of them expired too: no parent leads to what the owner saw.
+    append_and_expire(&scene, None);
+    append_and_expire(&scene, None);
+    scene.produce(&[(3, EventKind::OnTime)]);
+    scene.until(&mut owner, "rows_looked_up");
+    scene.until(&mut owner, "batch landed");
+    assert_eq!(scene.batch(), 2);
+}
+
+/// Another engine appends, to an earlier snapshot if it rolled the table back before, and keeps its own snapshot alone.
+fn append_and_expire(scene: &Scene, back_to: Option<i64>) {
+    let (mut universe, main) = (scene.shared.borrow_mut(), main_ident());
+    if let Some(snapshot) = back_to {
+        universe.set_current(&main, snapshot);
+    }
+    let metadata = Arc::clone(&universe.tables[&main].metadata);
+    let mut files = (*universe.content_of(&metadata).files).clone();
+    let row = Row { key: 9, place: (u32::MAX, 0, 0), batch: None, is_unproven: false };
+    files.push(File { path: format!("foreign/{}", files.len()), rows: Rc::new(vec![row]) });
+    universe.foreign_commit(&main, files);
+    universe.expire(&main, 1);
+}
