@@ -182,6 +182,8 @@ fn run(words: &[String]) -> Result<(), Failure> {
 }
 
 fn main() {
+    // as the program itself does
+    tidemill::allocator::give_back_large_buffers();
     let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     if let Err(error) = run(&words) {
         eprintln!("{error}");

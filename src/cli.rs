@@ -14,6 +14,7 @@ mod plan;
 mod remake;
 mod run;
 mod savepoint;
+mod side;
 mod state;
 mod table;
 mod terminal;
@@ -23,10 +24,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use remake::Remake;
 
 use crate::job::file::{self, LoadedJob};
+use crate::pipeline::commands::Adopting;
 use crate::stop::{Reason, Stop};
 
 const EXIT_CODES: &str = "\
@@ -111,9 +113,10 @@ enum Command {
     /// For the stops TOPIC_CHANGED and CLUSTER_CHANGED. A commit without rows states the old end, the new start and the
     /// reason of every topic partition.
     RebaseOffsets(OffsetsArgs),
-    /// Go on after offsets were lost to retention; the lost ranges are written into the ledger
+    /// Go on after offsets were lost to retention, or files of a side table; the loss is written into the ledger
     ///
-    /// For the stop OFFSETS_LOST. A commit without rows states the old end, the new start and the reason.
+    /// For the stops OFFSETS_LOST and SIDE_FILES_LOST. A commit without rows states the old end, the new start and the reason,
+    /// or how many rows of which batch a side table does not get. Of late rows given up so the keys stay seen.
     AcceptLoss(OffsetsArgs),
     /// Look at the dedup state, make it again, or discard it
     #[command(subcommand)]
@@ -130,6 +133,9 @@ enum Command {
     /// Look at refused rows, and decode them again
     #[command(subcommand)]
     DeadLetters(dead_letters::DeadLettersCommand),
+    /// Mend what a side table is owed
+    #[command(subcommand)]
+    Side(side::SideCommand),
     /// Print a completion script
     Completions {
         /// The shell
@@ -178,6 +184,13 @@ pub(crate) struct RunArgs {
     /// End after this time, as in "10 minutes": the open microbatch is closed and committed; what is left is for the next run
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     max_time: Option<Duration>,
+    /// Print at the end where the time went, and what limits the run
+    ///
+    /// On standard error: for each stage the seconds in which it worked and in which it waited, the processor time of the
+    /// process by groups of threads, and one sentence that names the limit. The stages add up to the run. With --json it is an
+    /// event of its own.
+    #[arg(long)]
+    profile: bool,
     /// How long this owner may be silent before others call it dead, for tests of heartbeats
     #[arg(long, hide = true, env = "TIDEMILL_LEASE", value_parser = parse_time)]
     lease: Option<Duration>,
@@ -207,6 +220,15 @@ pub(crate) struct OffsetsArgs {
     /// Take the table over from another owner, which then ends FENCED
     #[arg(long)]
     takeover: bool,
+}
+
+/// What rows that the job did not write are to the dedup state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum RowsOfOthers {
+    /// Events of their keys are duplicates
+    Seen,
+    /// Events of their keys are written beside them
+    Unseen,
 }
 
 #[derive(Debug, Subcommand)]
@@ -246,7 +268,9 @@ enum StateCommand {
     ///
     /// For the stop LEDGER_LOST, on a table that was copied, registered anew or brought back from a backup. The topics are
     /// read again from where the job began (from their earliest offset with start = "latest": where the end was then nobody
-    /// knows any more), as far as the broker has them; what has a row leaves no second one.
+    /// knows any more), as far as the broker has them; what has a row of this job leaves no second one
+    /// (but for rows that beyond_window = "side" sets aside as unproven: they are set aside again). Whether rows that it
+    /// did not write counted as seen stood in the lost ledger: the command asks for it where there are any.
     Adopt {
         #[command(flatten)]
         remake: RemakeArgs,
@@ -254,6 +278,9 @@ enum StateCommand {
         /// read ahead of the live offsets and offsets were never rebased; else what lies between is never read
         #[arg(long)]
         after_last_row: bool,
+        /// Whether rows that this job did not write count as seen; to be said where the table has any
+        #[arg(long, value_enum)]
+        rows_of_others: Option<RowsOfOthers>,
     },
     /// Make the state again under another key, from the rows of the table
     ///
@@ -346,6 +373,7 @@ pub fn main() -> ExitCode {
         Command::Savepoint(command) => command.run(json),
         Command::Table(TableCommand::Expire(args)) => table::expire(&args, json),
         Command::DeadLetters(command) => command.run(json),
+        Command::Side(command) => command.run(json),
         Command::State(StateCommand::Inspect(args)) => state::inspect(&args, json),
         Command::State(StateCommand::Plan(args)) => state::plan(&args, json),
         Command::State(StateCommand::Verify(args)) => state::verify(&args, json),
@@ -353,8 +381,9 @@ pub fn main() -> ExitCode {
             remake::remake(&args, &Remake::Rebuild { all }, json)
         }
         Command::State(StateCommand::AdoptRows(args)) => remake::remake(&args, &Remake::AdoptRows, json),
-        Command::State(StateCommand::Adopt { remake: args, after_last_row }) => {
-            remake::remake(&args, &Remake::Adopt { after_last_row }, json)
+        Command::State(StateCommand::Adopt { remake: args, after_last_row, rows_of_others }) => {
+            let others_seen = rows_of_others.map(|others| others == RowsOfOthers::Seen);
+            remake::remake(&args, &Remake::Adopt(Adopting { after_last_row, others_seen }), json)
         }
         Command::State(StateCommand::Rekey(args)) => remake::remake(&args, &Remake::Rekey, json),
         Command::State(StateCommand::Forget { remake: args, keys }) => {
@@ -395,6 +424,7 @@ impl Command {
             Self::Savepoint(command) => Some(command.job()),
             Self::Table(TableCommand::Expire(args)) => Some(args.job.clone()),
             Self::DeadLetters(command) => Some(command.job().clone()),
+            Self::Side(command) => Some(command.job()),
             Self::State(StateCommand::Verify(args)) => Some(args.clone()),
             Self::State(StateCommand::Plan(args)) => args.job(),
             Self::State(StateCommand::Discard { job, .. }) => Some(job.clone()),

@@ -97,6 +97,7 @@ pub use pins::PinStats;
 pub use salvage::{GenerationFacts, generation_facts, salvage};
 pub use store::{Store, StoreStats};
 pub use verify::{VerifyProgress, VerifyReport, verify, verify_with_progress};
+pub(crate) use window::slice_at;
 pub use window::{Loan, LoanBuilder};
 
 use crate::event_time::EventTimeMs;

@@ -5,15 +5,18 @@
 pub mod file;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use iceberg::spec::PrimitiveType;
+use iceberg::spec::{PrimitiveType, Transform};
 
 /// Version of the job-file format that this program reads and that `version` must name.
 pub const JOB_FORMAT_VERSION: i64 = 1;
 /// Hard limit of the process unless the job says otherwise.
 pub const MEMORY_BYTES_DEFAULT: u64 = 1 << 30;
+/// Most threads that a job may name.
+pub const THREADS_MAX: usize = 1024;
 /// Largest record that is decoded; Kafka's own default for `message.max.bytes` is 1 MiB.
 pub const RECORD_BYTES_MAX_DEFAULT: u64 = 4 << 20;
 /// How far the watermark trails the largest event time.
@@ -72,6 +75,8 @@ pub struct Job {
     pub name: String,
     /// Hard limit of the process, in bytes.
     pub memory_bytes: u64,
+    /// Threads that work on records side by side. With one nothing is read ahead.
+    pub threads: NonZeroUsize,
     /// Folder of lock and dedup state. Disposable: rebuilt from the tables. A relative path starts at the current
     /// working directory of the process, not at the job file.
     pub state_dir: PathBuf,
@@ -381,7 +386,24 @@ pub struct PartitionField {
     /// Source column.
     pub column: String,
     /// Iceberg transform: identity, year, month, day, hour, `bucket[N]`, `truncate[N]`.
-    pub transform: iceberg::spec::Transform,
+    pub transform: Transform,
+}
+
+impl PartitionField {
+    /// Its name in the table: Iceberg puts the transform after the column.
+    pub fn name(&self) -> String {
+        let suffix = match self.transform {
+            Transform::Year => "_year",
+            Transform::Month => "_month",
+            Transform::Day => "_day",
+            Transform::Hour => "_hour",
+            Transform::Bucket(_) => "_bucket",
+            Transform::Truncate(_) => "_trunc",
+            Transform::Void => "_null",
+            Transform::Identity | Transform::Unknown => "",
+        };
+        format!("{}{suffix}", self.column)
+    }
 }
 
 /// `catalog = { ... }`.

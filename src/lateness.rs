@@ -89,7 +89,8 @@ impl Lateness {
     }
 
     /// The lane's watermark at a cut: the minimum over slots that are not idle, never below `before`; `before` itself while
-    /// a slot with backlog had no event yet. A slot is idle if it is read to its end and never had an event, or is read to its end (`at_end`) and trails the leader by more than `idle_after`.
+    /// a slot with backlog had no event yet. A slot is idle if it is read to its end (`at_end`) and never had an event, or
+    /// trails the leader by more than `idle_after`.
     pub fn watermark(&self, before: Option<EventTimeMs>, at_end: &[bool]) -> Option<EventTimeMs> {
         let Some(leader) = self.max_event_times.iter().flatten().max() else { return before };
         // A slot with backlog and no event yet may hold the oldest of all: nothing is known of its time.

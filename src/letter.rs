@@ -125,3 +125,11 @@ pub struct DeadLetter {
     /// The reason, for people: names the field and both values. At most 300 characters, control characters escaped.
     pub text: String,
 }
+
+impl DeadLetter {
+    /// Bytes of the record that it keeps.
+    pub fn kept_bytes(&self) -> u64 {
+        let bytes = |kept: &Option<Vec<u8>>| kept.as_ref().map_or(0, Vec::len) as u64;
+        bytes(&self.key) + bytes(&self.payload)
+    }
+}

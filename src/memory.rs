@@ -16,6 +16,10 @@ pub const MEMORY_BYTES_MIN: u64 = 256 << 20;
 /// Bytes beside its payload that a record of a probe batch takes: head in the chunk, place, times, fingerprint, order,
 /// verdict, rounded up.
 const PROBE_RECORD_BYTES: u64 = 256;
+/// Most bytes of columns and letters that a byte of payload becomes.
+const DECODED_BYTES_PER_PAYLOAD_BYTE: u64 = 4;
+/// A probe batch of less than such a part of the largest one is not read ahead: each has its cost.
+const AHEAD_PART_MIN: u64 = 4;
 
 /// What reading one data file's key columns takes: a row group of a million ids of 36 characters, and its batches.
 const SCAN_READER_BYTES: u64 = 48 << 20;
@@ -29,9 +33,9 @@ pub struct MemoryPlan {
     pub program: u64,
     /// Records that the Kafka client has fetched and the reader has not taken.
     pub client_queue: u64,
-    /// Raw bytes of one probe batch.
+    /// Raw bytes of one probe batch: of the one in work until it is judged, then of the one that is read meanwhile.
     pub records: u64,
-    /// Arrow columns and dead letters of one probe batch.
+    /// Arrow columns and dead letters of a probe batch, or of one in work and one that is read meanwhile.
     pub decode: u64,
     /// Pinned filters, pages, and keys of the open microbatch.
     pub dedup: u64,
@@ -64,12 +68,32 @@ impl MemoryPlan {
 
     /// Most payload of one probe batch: decoded columns and letters take up to four times the bytes they came from.
     pub fn probe_payload_bytes_max(&self) -> u64 {
-        self.records.min(self.decode / 4)
+        self.records.min(self.decode / DECODED_BYTES_PER_PAYLOAD_BYTE)
     }
 
-    /// Most records of one probe batch: each costs a head, a place and a verdict beside its bytes.
+    /// Most records of one probe batch.
     pub fn probe_records_max(&self) -> u64 {
-        self.probe_payload_bytes_max() / PROBE_RECORD_BYTES
+        Self::records_max(self.probe_payload_bytes_max())
+    }
+
+    /// What a probe batch holds while it is looked up and written: columns and letters of so many bytes, those that are written
+    /// once more, and what stands beside each row.
+    pub fn held_bytes(&self, bytes: u64, rows: usize) -> u64 {
+        2 * bytes + rows as u64 * PROBE_RECORD_BYTES
+    }
+
+    /// Most payload of a probe batch that is read and decoded while another one holds so much: its columns and letters fit into
+    /// what that leaves of decode's share, whatever the records are. `None` where that is not worth it. The records lie
+    /// where those of the other one lay.
+    pub fn ahead_payload_bytes_max(&self, held_bytes: u64) -> Option<u64> {
+        let left = self.decode.saturating_sub(held_bytes) / DECODED_BYTES_PER_PAYLOAD_BYTE;
+        let bytes = left.min(self.probe_payload_bytes_max());
+        (bytes >= self.probe_payload_bytes_max() / AHEAD_PART_MIN).then_some(bytes)
+    }
+
+    /// Most records of so much payload: each costs a head, a place and a verdict beside its bytes.
+    pub fn records_max(payload_bytes: u64) -> u64 {
+        payload_bytes / PROBE_RECORD_BYTES
     }
 
     /// Most bytes of keys that the open microbatch has accepted; it closes when they are reached.
@@ -130,6 +154,29 @@ mod tests {
                 plan.program + plan.client_queue + plan.records + plan.decode + plan.dedup + plan.writer;
             assert_eq!(sum, total);
         }
+    }
+
+    #[test]
+    fn two_probe_batches_side_by_side_fit_into_the_share_of_one() {
+        let plan = MemoryPlan::divide(MEMORY_BYTES_MIN).unwrap();
+        let largest = plan.probe_payload_bytes_max();
+        assert_eq!(plan.ahead_payload_bytes_max(0), Some(largest));
+        for held in (0..plan.decode + (8 << 20)).step_by(1 << 20) {
+            let Some(ahead) = plan.ahead_payload_bytes_max(held) else {
+                assert!(held > plan.decode / 2, "{held} bytes leave room");
+                continue;
+            };
+            assert!(held + ahead * DECODED_BYTES_PER_PAYLOAD_BYTE <= plan.decode);
+            assert!(ahead <= largest && ahead >= largest / AHEAD_PART_MIN);
+        }
+        // Events of 300 bytes whose columns take as much: what is read ahead settles at more than half of the largest.
+        let mut payload = largest;
+        for _ in 0..20 {
+            let rows = payload / 300;
+            let held = plan.held_bytes(rows * 300, usize::try_from(rows).unwrap());
+            payload = plan.ahead_payload_bytes_max(held).unwrap();
+        }
+        assert!(payload > largest / 2, "{payload} of {largest}");
     }
 
     #[test]

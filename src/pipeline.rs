@@ -27,11 +27,13 @@ mod late;
 pub mod maintain;
 mod microbatch;
 mod owner;
+pub mod profile;
 mod rebuild;
 pub mod report;
 pub mod requests;
 pub mod requeue;
 mod session;
+pub mod sides;
 mod state;
 pub mod stops;
 pub mod survey;
@@ -44,11 +46,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use microbatch::Run;
+use profile::{Profile, Stage};
 use report::{Event, Phases, Report, Summary};
 use session::Session;
 
 pub use crate::protocol::start;
-pub use owner::{OffsetCommand, describe as describe_jump, move_offsets};
+pub use owner::{Moved, OffsetCommand, describe as describe_jump, move_offsets};
 
 use crate::commit::request::NewLane;
 use crate::counts::Counts;
@@ -81,6 +84,8 @@ pub struct RunOptions {
     pub stall_after: Option<Duration>,
     /// Phase trace for tests.
     pub phases: Phases,
+    /// Where the time goes.
+    pub profile: Arc<Profile>,
     /// The backfill that this run is begun for; it goes on until that is done.
     pub backfill: Option<Wish>,
     /// Set by a signal: the open microbatch is closed and committed, the lease released.
@@ -158,17 +163,20 @@ async fn drain(loaded: &LoadedJob, options: &RunOptions, report: &mut dyn Report
         }
         session::Opened::Session(session) => session,
     };
+    options.profile.turn_to(Stage::Other);
     if let Err(stop) = session.begin_backfill(report).await {
         session.owner.release_after(&stop).await;
         return Err(stop);
     }
     let mut run = Run::new(&mut session, report, Counts::default(), 0);
     let drained = protocol::drain(&mut run).await;
+    options.profile.turn_to(Stage::End);
     let (counts, batches) = (run.counts, run.batches);
     let was_cut_short = options.interrupted() && session.has_more();
     let drained = if was_cut_short { drained.and(Err(stops::interrupted())) } else { drained };
     let ended = session.owner.end(drained).await;
     session.finish_copies(report).await;
+    options.profile.note_threads();
     ended?;
     let summary = Summary { seconds: begun.elapsed().as_secs_f64(), ..session.summary(counts, batches) };
     report.event(&Event::Done(summary.clone()));

@@ -30,5 +30,5 @@ pub(crate) use life::{
     Built, Cut, DedupFacts, Endless, GENERATIONS_KEPT, Life, Reached, State, StateHome, Turn, drain, follow,
     generation, name_generation, open_or_rebuild, open_state, reference,
 };
-pub(crate) use owner::{Fence, Owner, admit, heads};
+pub(crate) use owner::{Fence, LostSide, Owner, admit, heads, lost_sides, side_record};
 pub(crate) use world::{AllTables, Answer, Below, Heads, Request, Tables, Terms, World};

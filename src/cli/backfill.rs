@@ -141,7 +141,7 @@ pub fn backfill(args: &BackfillArgs, json: bool) -> Result<(), Stop> {
         Stop::new(Reason::Usage, "the file of --trace-phases can not be opened", "name another file")
             .because(error)
     })?;
-    let runtime = run::runtime()?;
+    let runtime = run::runtime_of(&loaded.job)?;
     let wish = match (&asked, &args.resume) {
         (Some(asked), _) => {
             let plan = runtime.block_on(backfill::resolve(&loaded, asked))?;
@@ -220,7 +220,7 @@ pub fn lane(command: &LaneCommand, json: bool) -> Result<(), Stop> {
     let (args, ask): (_, fn(String) -> Ask) = match command {
         LaneCommand::List(job) => return list(job, json),
         LaneCommand::Pause(args) => (args, |lane| Ask::PauseLane { lane }),
-        LaneCommand::Resume(args) => (args, |lane| Ask::ResumeLane { lane }),
+        LaneCommand::Resume(args) => (args, |lane| Ask::ResumeLane { lane, letters_ratio_max: None }),
         LaneCommand::Drop(args) => (args, |lane| Ask::DropLane { lane }),
     };
     let loaded = args.job.load()?;

@@ -223,7 +223,7 @@ impl<'a> Demo<'a> {
         let yes = |_: &str| Ok(());
         let options = self.options();
         let moving = pipeline::move_offsets(&self.loaded, &options, OffsetCommand::Rebase, &yes);
-        let jumps = self.runtime.block_on(moving)?;
+        let jumps = self.runtime.block_on(moving)?.jumps;
         self.say(&format!(
             "moved {} topic partitions to their earliest offsets; what was seen stays seen",
             jumps.len()

@@ -1,4 +1,5 @@
-//! `tidemill rebase-offsets` and `tidemill accept-loss`: offsets move without reading, for a stated reason.
+//! `tidemill rebase-offsets` and `tidemill accept-loss`: offsets move without reading, and rows of side tables are given up, for a
+//! stated reason.
 
 use super::{OffsetsArgs, confirm, run, terminal};
 use crate::pipeline::{self, OffsetCommand, RunOptions};
@@ -9,7 +10,7 @@ pub fn rebase(args: &OffsetsArgs, json: bool) -> Result<(), Stop> {
     move_offsets(args, json, OffsetCommand::Rebase)
 }
 
-/// Goes on after lost offsets.
+/// Goes on after lost offsets, or lost files of a side table.
 pub fn accept_loss(args: &OffsetsArgs, json: bool) -> Result<(), Stop> {
     move_offsets(args, json, OffsetCommand::AcceptLoss)
 }
@@ -19,20 +20,23 @@ fn move_offsets(args: &OffsetsArgs, json: bool, command: OffsetCommand) -> Resul
     let options =
         RunOptions { job_shown: args.job.shown(), takeover: args.takeover, ..RunOptions::default() };
     let ask = |question: &str| confirm(question, args.yes);
-    let jumps = run::runtime()?.block_on(pipeline::move_offsets(&loaded, &options, command, &ask))?;
+    let moved = run::runtime()?.block_on(pipeline::move_offsets(&loaded, &options, command, &ask))?;
     if json {
-        terminal::print_json(
-            &serde_json::json!({ "event": "offsets_moved", "reason": command.name(), "jumps": jumps }),
-        );
+        terminal::print_json(&serde_json::json!({
+            "event": "offsets_moved", "reason": command.name(), "jumps": moved.jumps, "side_losses": moved.side_losses,
+        }));
         return Ok(());
     }
-    if jumps.is_empty() {
+    if moved.is_nothing() {
         println!("nothing to move: every next offset is on the broker, in the topics that the ledger knows");
     }
-    for jump in &jumps {
+    for loss in &moved.side_losses {
+        println!("accepted: {loss}");
+    }
+    for jump in &moved.jumps {
         println!("moved {}", pipeline::describe_jump(jump));
     }
-    if !jumps.is_empty() {
+    if !moved.is_nothing() {
         println!("go on with: tidemill run {}", args.job.shown());
     }
     Ok(())

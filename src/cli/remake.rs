@@ -9,7 +9,7 @@ use super::terminal::{Terminal, print_json};
 use super::{RemakeArgs, confirm, run};
 use crate::event_time::EventTimeMs;
 use crate::pipeline::RunOptions;
-use crate::pipeline::commands::{self, Done};
+use crate::pipeline::commands::{self, Adopting, Done};
 use crate::pipeline::report::{Event, Report};
 use crate::stop::{Reason, Stop};
 
@@ -20,9 +20,7 @@ pub(super) enum Remake {
         all: bool,
     },
     AdoptRows,
-    Adopt {
-        after_last_row: bool,
-    },
+    Adopt(Adopting),
     Rekey,
     /// Those that a file names, or standard input as `-`.
     Forget {
@@ -54,8 +52,8 @@ pub(super) fn remake(args: &RemakeArgs, which: &Remake, json: bool) -> Result<()
         match which {
             Remake::Rebuild { all } => commands::rebuild_state(&loaded, &options, *all, heard).await,
             Remake::AdoptRows => commands::adopt_rows(&loaded, &options, &ask, heard).await,
-            Remake::Adopt { after_last_row } => {
-                commands::adopt_ledger(&loaded, &options, *after_last_row, &ask, heard).await
+            Remake::Adopt(adopting) => {
+                commands::adopt_ledger(&loaded, &options, *adopting, &ask, heard).await
             }
             Remake::Rekey => commands::rekey_state(&loaded, &options, &ask, heard).await,
             Remake::Forget { keys } => {

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use super::terminal::Terminal;
 use super::{RunArgs, plan};
-use crate::pipeline::report::Phases;
+use crate::job::Job;
+use crate::pipeline::profile::Profile;
+use crate::pipeline::report::{Event, Phases, Report};
 use crate::pipeline::{self, RunOptions};
 use crate::stop::{Reason, Stop};
 
@@ -35,21 +37,41 @@ pub fn run(args: &RunArgs, json: bool) -> Result<(), Stop> {
         lease: args.lease,
         stall_after: None,
         phases,
+        profile: Arc::new(Profile::default()),
         interrupt: Arc::default(),
     };
-    runtime()?.block_on(async {
+    runtime_of(&loaded.job)?.block_on(async {
         listen_for_signals(Arc::clone(&options.interrupt))?;
         let mut terminal = Terminal::new(json);
-        pipeline::run(&loaded, &options, &mut terminal).await.map(|_| ())
+        let ended = pipeline::run(&loaded, &options, &mut terminal).await;
+        if args.profile {
+            terminal.event(&Event::Profile(options.profile.report(options.continuous)));
+        }
+        ended.map(|_| ())
     })
 }
 
 /// The async runtime that catalogs and data files need.
 pub fn runtime() -> Result<tokio::runtime::Runtime, Stop> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| {
-        Stop::new(Reason::Unexpected, "threads can not be started", "check the limits of this user")
-            .because(error)
-    })
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(no_threads)
+}
+
+/// The same with as many threads as the job names, for its lookups too.
+pub fn runtime_of(job: &Job) -> Result<tokio::runtime::Runtime, Stop> {
+    let threads = job.threads.get();
+    if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global() {
+        tracing::warn!(%error, "lookups use as many threads as there are processors");
+    }
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .enable_all()
+        .build()
+        .map_err(no_threads)
+}
+
+fn no_threads(error: std::io::Error) -> Stop {
+    Stop::new(Reason::Unexpected, "threads can not be started", "check the limits of this user")
+        .because(error)
 }
 
 /// The first SIGINT or SIGTERM asks the run to end in order, the second ends the process at once.

@@ -7,6 +7,7 @@ use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
 use crate::counts::Counts;
+use crate::pipeline::profile::ProfileReport;
 use crate::pipeline::report::{Event, LaneSummary, Report};
 use crate::stop::Stop;
 
@@ -105,6 +106,50 @@ impl Terminal {
         }
     }
 
+    /// On standard error, where it is beside what the run said.
+    fn print_profile(&mut self, profile: &ProfileReport) {
+        self.clear();
+        eprintln!("where the time went: {:.2} s", profile.seconds);
+        let mut table = comfy_table::Table::new();
+        table.load_preset(comfy_table::presets::NOTHING);
+        table.set_header(["stage", "working s", "waiting s", "of the run", "beside: working s", "waiting s"]);
+        for stage in &profile.stages {
+            let beside = stage.beside.unwrap_or_default();
+            if stage.line.seconds() + beside.seconds() == 0.0 {
+                continue;
+            }
+            let seconds = |seconds: f64| format!("{seconds:.3}");
+            let of_beside = |time: f64| if beside.seconds() > 0.0 { seconds(time) } else { String::new() };
+            table.add_row([
+                stage.name().to_owned(),
+                seconds(stage.line.working_seconds),
+                seconds(stage.line.waiting_seconds),
+                format!("{:.1} %", 100.0 * stage.line.seconds() / profile.seconds.max(f64::MIN_POSITIVE)),
+                of_beside(beside.working_seconds),
+                of_beside(beside.waiting_seconds),
+            ]);
+        }
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(comfy_table::CellAlignment::Right);
+        }
+        eprintln!("{table}");
+        let cpu = &profile.cpu;
+        let threads: Vec<String> =
+            cpu.threads.iter().map(|(name, seconds)| format!("{name} {seconds:.2}")).collect();
+        eprintln!(
+            "processor seconds: {:.2} user, {:.2} system, {:.0} % of {} processors; threads: {}",
+            cpu.user_seconds,
+            cpu.system_seconds,
+            100.0 * cpu.seconds() / (profile.seconds * profile.processors as f64).max(f64::MIN_POSITIVE),
+            profile.processors,
+            threads.join(", ")
+        );
+        if let Some(busy) = profile.machine_busy {
+            eprintln!("processors of the machine, all programs: {:.0} % busy", 100.0 * busy);
+        }
+        eprintln!("{}", profile.limit_in_words());
+    }
+
     fn show(&mut self, event: &Event) {
         match event {
             Event::Start { job, epoch, lag, topic_partitions, memory } => {
@@ -192,6 +237,7 @@ impl Terminal {
                     if *sends > 1 { format!(" sends {sends}") } else { String::new() },
                 ));
             }
+            Event::Profile(profile) => self.print_profile(profile),
             Event::Maintained { table, done, seconds } => {
                 self.line(&format!("table {table} maintained in {seconds:.1} s: {done}"));
             }

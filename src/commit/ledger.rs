@@ -40,6 +40,8 @@ pub const FORMAT_VERSION: u32 = 3;
 pub const PROPERTY: &str = "tidemill.ledger";
 /// Snapshot summary key with the packed record.
 pub const SUMMARY_PACKED: &str = "tidemill.packed";
+/// Snapshot summary key of a commit of kind [`Kind::Change`]: what it did and who asked for it.
+pub const SUMMARY_CHANGE: &str = "tidemill.change";
 /// Snapshot summary key of a commit that goes back to a savepoint: its name.
 pub const SUMMARY_RESTORED: &str = "tidemill.restored";
 /// Name of the lane that follows the topics; backfills get lanes of their own.
@@ -140,6 +142,7 @@ pub struct RequeueLane {
     /// The last place that was taken: topic id, topic partition, offset, index.
     pub after: (Uuid, i32, i64, i32),
     /// Largest event times of the letters that were taken, by topic id and topic partition: lateness goes on from them (R2).
+    /// Not in the packed form: without them letters are judged as if none had come before.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub max_event_times: Vec<(Uuid, i32, EventTimeMs)>,
 }
@@ -281,7 +284,7 @@ pub struct Jump {
     pub old_end: Option<NextOffset>,
     /// Next offset after.
     pub new_start: NextOffset,
-    /// `accept-loss` or `rebase-offsets`.
+    /// The command: `accept-loss`, `rebase-offsets` or `state adopt`.
     pub reason: String,
 }
 
@@ -368,7 +371,9 @@ impl LedgerRecord {
 
     /// Summary keys: the packed record, and single values for people.
     pub fn to_summary(&self) -> BTreeMap<String, String> {
-        BTreeMap::from([
+        let change = self.change.as_ref().filter(|_| self.kind == Kind::Change);
+        let change = change.map(|change| serde_json::to_string(change).expect("a change is text"));
+        let mut summary = BTreeMap::from([
             ("tidemill.job-id".to_owned(), self.job_id.to_string()),
             ("tidemill.kind".to_owned(), kind_name(self.kind).to_owned()),
             ("tidemill.epoch".to_owned(), self.epoch.to_string()),
@@ -376,7 +381,9 @@ impl LedgerRecord {
             ("tidemill.attempt".to_owned(), self.attempt.to_string()),
             ("tidemill.counts".to_owned(), serde_json::to_string(&self.counts).expect("counts are numbers")),
             (SUMMARY_PACKED.to_owned(), self.pack()),
-        ])
+        ]);
+        summary.extend(change.map(|change| (SUMMARY_CHANGE.to_owned(), change)));
+        summary
     }
 
     fn pack(&self) -> String {
@@ -389,6 +396,9 @@ impl LedgerRecord {
         }
         if let Some(others) = packed.get_mut("others").and_then(Value::as_object_mut) {
             others.remove("buckets");
+        }
+        if let Some(requeue) = packed.get_mut("requeue").and_then(Value::as_object_mut) {
+            requeue.remove("max_event_times");
         }
         for side in packed["sides"].as_object_mut().into_iter().flat_map(Map::values_mut) {
             side["files"] = Value::Null;
@@ -410,6 +420,7 @@ impl LedgerRecord {
             ..self.clone()
         };
         packed.others.iter_mut().for_each(|others| others.buckets.clear());
+        packed.requeue.iter_mut().for_each(|requeue| requeue.max_event_times.clear());
         packed.sides.values_mut().for_each(|side| side.files = None);
         for cursor in
             packed.lanes.values_mut().flat_map(|lane| lane.topics.values_mut()).flat_map(BTreeMap::values_mut)

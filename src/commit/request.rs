@@ -53,6 +53,9 @@ pub enum Ask {
     ResumeLane {
         /// Its name.
         lane: String,
+        /// Largest share of dead letters that a microbatch of it may have from now on; without one it stays as it is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        letters_ratio_max: Option<f64>,
     },
     /// To forget a backfill. Rows that it wrote stay.
     DropLane {

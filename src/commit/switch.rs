@@ -185,13 +185,16 @@ pub(crate) async fn set_property(
             Ok(transaction) => transaction.commit(&OneShot::new(catalog, &head)).await,
             Err(error) => Err(error),
         };
-        let Err(error) = sent else { return Ok(()) };
         sends += 1;
         if sends as usize >= RELOADS_MAX {
+            let unseen = || Error::new(ErrorKind::Unexpected, "it was taken, and no reload shows it");
+            let error = sent.err().unwrap_or_else(unseen);
             let (table, source) = (table.to_string(), Box::new(error));
             return Err(SwitchError::Refused { table, sends, definite: false, source });
         }
-        tokio::time::sleep(Duration::from_millis(200) * sends).await;
+        if sent.is_err() {
+            tokio::time::sleep(Duration::from_millis(200) * sends).await;
+        }
     }
 }
 

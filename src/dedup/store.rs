@@ -312,6 +312,11 @@ impl Store {
         )
     }
 
+    /// Whether lookups read the disk: the state is neither small nor fits in memory.
+    pub fn is_larger_than_memory(&self) -> bool {
+        self.probed().larger_than(self.pins.bytes_max()).is_some()
+    }
+
     /// Measures the device when the state no longer fits in memory: before, no choice depends on it.
     fn measure_device(&mut self) -> Result<(), StoreError> {
         let largest = self.probed().larger_than(self.pins.bytes_max());

@@ -122,7 +122,7 @@ impl LoanBuilder {
 }
 
 /// The one of the ascending slices that holds a time.
-fn slice_at(slices: &[Bucket], time: EventTimeMs) -> Option<Bucket> {
+pub(crate) fn slice_at(slices: &[Bucket], time: EventTimeMs) -> Option<Bucket> {
     let after = slices.partition_point(|slice| slice.from <= time);
     slices[..after].last().copied().filter(|slice| slice.holds(time))
 }

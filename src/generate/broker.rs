@@ -11,6 +11,7 @@
 
 use rdkafka::config::ClientConfig;
 use rdkafka::producer::{BaseProducer, Producer};
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 
 use super::config::Topics;
 use super::{GenerateError, client_error};
@@ -26,6 +27,9 @@ pub const RECORD_BYTES_IN_LOG: u64 = 420;
 const LARGEST_TYPE_PERCENT: u64 = 34;
 /// How much of a log is filled: keys are hashed, so topic partitions differ by some hundredths.
 const FILL_PERCENT: u64 = 85;
+
+/// The only broker of the cluster.
+const BROKER_ID: i32 = 1;
 
 /// The broker. Lives as long as this value.
 pub struct Broker {
@@ -76,11 +80,28 @@ impl Broker {
     /// # Errors
     /// [`GenerateError::Client`] if the client library refuses.
     pub fn set_away(&self, is_away: bool) -> Result<(), GenerateError> {
-        /// The only broker of the cluster.
-        const BROKER_ID: i32 = 1;
         let cluster = self.owner.client().mock_cluster().expect("the cluster lives as long as its client");
         let set = if is_away { cluster.broker_down(BROKER_ID) } else { cluster.broker_up(BROKER_ID) };
         set.map_err(|error| client_error("taking the in-process broker away", &self.bootstrap, error))
+    }
+
+    /// Refuses to give records, or gives them again: what is sent meanwhile pushes older records out unread.
+    pub fn refuse_fetches(&self, is_refusing: bool) {
+        /// More than a client asks in an hour: it waits half a second after each refusal.
+        const REFUSALS: usize = 10_000;
+        let cluster = self.owner.client().mock_cluster().expect("the cluster lives as long as its client");
+        cluster.clear_request_errors(RDKafkaApiKey::Fetch);
+        if is_refusing {
+            let refusal = RDKafkaRespErr::RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT;
+            cluster.request_errors(RDKafkaApiKey::Fetch, &[refusal; REFUSALS]);
+        }
+    }
+
+    /// Refuses the next request for records as if it were not allowed. The one after it is answered as ever.
+    pub fn forbid_one_fetch(&self) {
+        let cluster = self.owner.client().mock_cluster().expect("the cluster lives as long as its client");
+        let refusal = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+        cluster.request_errors(RDKafkaApiKey::Fetch, &[refusal]);
     }
 
     /// Most generated records that may be sent before they are read, so that none is dropped. Counts on no

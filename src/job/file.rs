@@ -36,6 +36,7 @@ mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use ::iceberg::spec::PrimitiveType;
@@ -48,8 +49,8 @@ use super::{
     AHEAD_MAX_DEFAULT, ALLOWED_LATENESS_DEFAULT, BeyondWindow, BucketFrom, COPY_RATE_DEFAULT, Dedup,
     EventTimeRule, IDLE_AFTER_DEFAULT, IdKind, JOB_FORMAT_VERSION, Job, LatePolicy, MEMORY_BYTES_DEFAULT,
     MicrobatchLimits, OPEN_TIME_MAX_DEFAULT, OnMissingKeys, PAYLOAD_BYTES_MAX_DEFAULT, RECORDS_MAX_DEFAULT,
-    Repeats, SHARDS_DEFAULT, SHARDS_MAX, STATE_DIR_DEFAULT, StateCopies, WATERMARK_DELAY_DEFAULT,
-    WINDOW_DEFAULT,
+    Repeats, SHARDS_DEFAULT, SHARDS_MAX, STATE_DIR_DEFAULT, StateCopies, THREADS_MAX,
+    WATERMARK_DELAY_DEFAULT, WINDOW_DEFAULT,
 };
 
 /// A job file's text and what the command line lays over it.
@@ -73,6 +74,16 @@ pub struct LoadedJob {
     pub resolved_hash: String,
     /// What is not wrong but should be known, in no particular order.
     pub warnings: Vec<Problem>,
+    /// Keys of `--set`.
+    sets: Vec<String>,
+}
+
+impl LoadedJob {
+    /// Whether `--set` gave this field, by its dotted name, or a table that it is in.
+    pub fn is_set(&self, field: &str) -> bool {
+        let is_in = |table: &String| field.strip_prefix(table).is_some_and(|rest| rest.starts_with('.'));
+        self.sets.iter().any(|key| key == field || is_in(key))
+    }
 }
 
 /// Reads and checks a job file. `sets` are the values of `--set`, each `key=value`.
@@ -166,7 +177,8 @@ impl JobSource {
             return Err(JobErrors(problems));
         }
         let resolved_hash = hash::hash(&job);
-        Ok(LoadedJob { job, resolved_hash, warnings })
+        let sets = self.sets.iter().map(|(key, _)| key.clone()).collect();
+        Ok(LoadedJob { job, resolved_hash, warnings, sets })
     }
 }
 
@@ -210,6 +222,7 @@ fn read_version(root: &mut Section<'_, '_>) -> bool {
 fn read_job(mut root: Section<'_, '_>) -> Job {
     let name = read_name(&mut root);
     let memory_bytes = root.get("memory").and_then(|field| field.size()).unwrap_or(MEMORY_BYTES_DEFAULT);
+    let threads = read_threads(&mut root);
     let state_dir = read_state_dir(&mut root);
     let state_copies = read_state_copies(root.table("state"));
 
@@ -245,6 +258,7 @@ fn read_job(mut root: Section<'_, '_>) -> Job {
     Job {
         name,
         memory_bytes,
+        threads,
         state_dir,
         state_copies,
         source,
@@ -264,6 +278,19 @@ fn read_name(root: &mut Section<'_, '_>) -> String {
         field.wrong(format!("name is {}", field.shown())).expecting(EXPECTED);
     }
     name.to_owned()
+}
+
+/// As many as there are processors, unless the job says how many.
+fn read_threads(root: &mut Section<'_, '_>) -> NonZeroUsize {
+    const EXPECTED: &str = "1 to 1024";
+    let default = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let Some(field) = root.get("threads") else { return default };
+    let Some(number) = field.integer() else { return default };
+    let threads = usize::try_from(number).ok().filter(|threads| *threads <= THREADS_MAX);
+    threads.and_then(NonZeroUsize::new).unwrap_or_else(|| {
+        field.wrong(format!("threads is {number}")).expecting(EXPECTED);
+        default
+    })
 }
 
 fn read_state_dir(root: &mut Section<'_, '_>) -> PathBuf {

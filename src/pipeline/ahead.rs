@@ -1,39 +1,295 @@
-//! Reading ahead: while a microbatch is being committed, the first probe batch of the next one is read and decoded.
+//! Reading ahead: while a probe batch is looked up and written, or a microbatch committed, the next probe batch is read and
+//! decoded by a thread of its own.
 //!
-//! Flow: commit on this thread, beside it reader -> chunk -> decoder -> [`Ahead`] -> the next [`Session::fill`]
+//! Flow: live reader -> that thread { chunk -> decoder } -> [`Ahead`] with the reader -> the next [`Session::next_chunk`]
 //!
-//! Nothing of it is judged, probed or written, so nothing has to be undone: where the microbatch does not land the life
+//! The thread reads until the chunk is full, or the run wants it. What is not full then is read on by the run itself, under
+//! the rules by which a microbatch closes, so that these know nothing of reading ahead. What was read and does not belong to
+//! the open microbatch is the first of the next one.
+//!
+//! Nothing of it is judged, looked up or written, so nothing has to be undone: where a microbatch does not land the life
 //! ends, and what was read ahead goes with it and is read again.
 //!
-//! Bounds: one probe batch, in the shares of memory that rest during a commit. It delays the end of a commit by one
-//! turn of the reader and what is left of decoding.
+//! Invariants
+//! 1. At most one probe batch is ahead, and the reader is with the thread or at home, never both.
+//! 2. What a ledger record says of offsets comes from [`Reached`](super::lanes::Reached) of the lane, which moves only when a
+//!    microbatch takes what was read.
+//! 3. An error that the reader met is the run's, after what the reader gave before it: the next read of the lane gives it, without
+//!    asking the broker again, and until then nothing is read ahead. A log that was cut and has grown again shows no trace.
+//!
+//! Only the live lane is read ahead, and only while no backfill is active: whose turn is next is known then. A state that does
+//! not fit in memory is looked up in probe batches as large as memory allows, so that nothing is read beside those; a commit has
+//! room for it.
+//!
+//! Bounds: one probe batch, so small that it fits into what the one in work leaves of decode's share whatever its records are;
+//! its bytes lie in the buffer of the one before. It delays the run by a turn of the reader and what is left of decoding.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use iceberg::spec::DataFile;
-use tokio::runtime::Handle;
 
-use super::lanes::LaneReader;
-use super::microbatch::{Run, undecodable};
+use super::microbatch::{Open, Run, undecodable};
+use super::profile::{Profile, Stage};
 use super::session::Session;
 use crate::commit::ledger::LedgerRecord;
 use crate::decode::{Decoded, Decoder};
+use crate::memory::MemoryPlan;
 use crate::offset::TopicPartition;
 use crate::record::RecordChunk;
-use crate::source::{ReadLimits, ReadStatus, Reader};
+use crate::source::{ReadLimits, ReadStatus, Reader, SourceError};
 use crate::stop::Stop;
 
-/// Longest wait for records before it is looked whether the commit has landed.
-const READ_TURN: Duration = Duration::from_millis(20);
+/// Longest wait for records before it is looked whether the run wants what is there.
+const READ_TURN: Duration = Duration::from_millis(10);
+/// Name of the thread, in lists of threads.
+const THREAD_NAME: &str = "read-ahead";
 
-/// A probe batch that was read before its microbatch was begun.
+/// A probe batch that was read before it was asked for.
 pub(super) struct Ahead {
+    /// At least one record.
     pub(super) chunk: RecordChunk,
-    pub(super) decoded: Decoded,
     /// When its first record was there.
     pub(super) since: Instant,
+    /// What a chunk that was read to its bounds became, or why it can not be decoded; `None` = more may be read into it.
+    pub(super) decoded: Option<Result<Decoded, Stop>>,
+}
+
+/// What the thread is to read.
+struct Order {
+    reader: Reader,
+    slots: Arc<[TopicPartition]>,
+    chunk: RecordChunk,
+    limits: ReadLimits,
+}
+
+/// What came of it.
+struct Done {
+    reader: Reader,
+    chunk: RecordChunk,
+    since: Option<Instant>,
+    decoded: Option<Result<Decoded, Stop>>,
+    /// What ended it; what is in the chunk came before it.
+    fault: Option<SourceError>,
+}
+
+/// The thread.
+struct Helper {
+    orders: Sender<Order>,
+    done: Receiver<Done>,
+    thread: JoinHandle<()>,
+}
+
+/// What is read ahead of a life.
+pub(super) struct ReadingAhead {
+    /// `None` of a life that has one thread only, or reads no topic.
+    helper: Option<Helper>,
+    is_wanted: Arc<AtomicBool>,
+    is_under_way: bool,
+    /// Read and not taken yet.
+    ready: Option<Ahead>,
+    /// An empty chunk whose allocation is used again.
+    spare: RecordChunk,
+}
+
+impl ReadingAhead {
+    /// Nothing is ever read ahead.
+    pub(super) fn never() -> Self {
+        let (is_wanted, spare) = (Arc::default(), RecordChunk::default());
+        Self { helper: None, is_wanted, is_under_way: false, ready: None, spare }
+    }
+
+    /// Begins the thread. Without one everything works, one thing after another.
+    pub(super) fn with(decoder: Decoder, profile: Arc<Profile>) -> Self {
+        let mut reading = Self::never();
+        let (orders, to_read) = mpsc::channel();
+        let (finished, done) = mpsc::channel();
+        let is_wanted = Arc::clone(&reading.is_wanted);
+        let serve = move || serve(&to_read, &finished, decoder, &is_wanted, &profile);
+        match thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(serve) {
+            Ok(thread) => reading.helper = Some(Helper { orders, done, thread }),
+            Err(error) => tracing::warn!(%error, "no thread to read ahead"),
+        }
+        reading
+    }
+
+    /// An empty chunk.
+    pub(super) fn take_spare(&mut self) -> RecordChunk {
+        std::mem::take(&mut self.spare)
+    }
+
+    /// Takes a chunk back that is not needed any more.
+    pub(super) fn keep_spare(&mut self, mut chunk: RecordChunk) {
+        chunk.clear();
+        self.spare = chunk;
+    }
+
+    /// Whether something was read and not taken yet.
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready.is_some()
+    }
+
+    /// Whether something could be read ahead now.
+    fn is_free(&self) -> bool {
+        self.helper.is_some() && !self.is_under_way && self.ready.is_none()
+    }
+
+    fn begin(&mut self, reader: Reader, slots: Arc<[TopicPartition]>, limits: ReadLimits) {
+        let chunk = self.take_spare();
+        let Some(helper) = &self.helper else { unreachable!("only what is free begins") };
+        self.is_wanted.store(false, Ordering::Relaxed);
+        self.is_under_way = true;
+        if helper.orders.send(Order { reader, slots, chunk, limits }).is_err() {
+            self.fall();
+        }
+    }
+
+    /// Has the thread come to an end; `None` if nothing is under way.
+    fn end(&mut self) -> Option<Done> {
+        if !std::mem::take(&mut self.is_under_way) {
+            return None;
+        }
+        self.is_wanted.store(true, Ordering::Relaxed);
+        let helper = self.helper.as_ref()?;
+        match helper.done.recv() {
+            Ok(done) => Some(done),
+            Err(_) => self.fall(),
+        }
+    }
+
+    /// The thread fell: so does the run.
+    fn fall(&mut self) -> ! {
+        let helper = self.helper.take().expect("a thread that fell was begun");
+        let fell = helper.thread.join();
+        std::panic::resume_unwind(fell.expect_err("a thread that serves ends by its panic alone"))
+    }
+}
+
+impl Drop for ReadingAhead {
+    /// Waits for the thread: it may hold a client.
+    fn drop(&mut self) {
+        self.is_wanted.store(true, Ordering::Relaxed);
+        let Some(Helper { orders, done, thread }) = self.helper.take() else { return };
+        drop((orders, done));
+        // A panic was told already, or it comes of the one that drops this.
+        let _ = thread.join();
+    }
+}
+
+/// Reads what is ordered, until nobody orders any more.
+fn serve(
+    orders: &Receiver<Order>,
+    finished: &Sender<Done>,
+    mut decoder: Decoder,
+    is_wanted: &AtomicBool,
+    profile: &Profile,
+) {
+    while let Ok(order) = orders.recv() {
+        let done = read(order, &mut decoder, is_wanted, profile);
+        if finished.send(done).is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads until the chunk is at its bounds or wanted; decodes it if it is at its bounds.
+fn read(order: Order, decoder: &mut Decoder, is_wanted: &AtomicBool, profile: &Profile) -> Done {
+    let Order { mut reader, slots, mut chunk, limits } = order;
+    let (mut since, mut fault) = (None, None);
+    let is_whole = loop {
+        let turn = ReadLimits { deadline: Instant::now() + READ_TURN, ..limits };
+        let status = profile.beside(Stage::Fetch, || reader.read(&mut chunk, turn));
+        if since.is_none() && !chunk.is_empty() {
+            since = Some(Instant::now());
+        }
+        match status {
+            Ok(ReadStatus::Full | ReadStatus::Exhausted) => break true,
+            Ok(ReadStatus::DeadlinePassed) if !is_wanted.load(Ordering::Relaxed) => {}
+            Ok(ReadStatus::DeadlinePassed) => break false,
+            Err(error) => {
+                fault = Some(error);
+                break false;
+            }
+        }
+    };
+    let is_to_be_decoded = is_whole && !chunk.is_empty();
+    let decode = || decoder.decode(&chunk, &slots).map_err(undecodable);
+    let decoded = is_to_be_decoded.then(|| profile.beside(Stage::Decode, decode));
+    Done { reader, chunk, since, decoded, fault }
+}
+
+impl Session<'_> {
+    /// Begins to read the probe batch after the one in work, whose rows hold so many bytes and whose records are not needed any
+    /// more.
+    pub(super) fn read_beside_work(&mut self, open: &Open, held_bytes: u64) {
+        if self.state.store.is_larger_than_memory() || open.is_cut_short() {
+            return;
+        }
+        let Some(bytes_max) = self.memory.ahead_payload_bytes_max(held_bytes) else { return };
+        let (records_left, bytes_left) = match self.room_left(open) {
+            Some(left) => left,
+            // It is full: what comes is of the next one.
+            None if open.is_last => return,
+            None => {
+                let limits = &self.owner.world.loaded.job.microbatch;
+                (limits.records_max, limits.payload_bytes_max)
+            }
+        };
+        let records_max = MemoryPlan::records_max(bytes_max);
+        let limits = self.chunk_limits(records_left.min(records_max), bytes_left.min(bytes_max));
+        self.read_ahead(limits);
+    }
+
+    /// Begins to read ahead if that may be.
+    fn read_ahead(&mut self, limits: ReadLimits) {
+        // What comes after this one is known before it landed only where there is one lane.
+        let takes_turns = self.owner.record.active_backfills().next().is_some();
+        let is_served = self.lanes.served().is_live() && !takes_turns && !self.lanes.live().has_fault();
+        if !self.ahead.is_free() || !is_served || self.exhausted() || self.options.is_ending() {
+            return;
+        }
+        let live = self.lanes.live_mut();
+        let slots = Arc::clone(&live.slots);
+        self.ahead.begin(live.lend(), slots, limits);
+    }
+
+    /// Has the reader come home. What was read ahead is ready then.
+    pub(super) fn recall(&mut self) {
+        let Some(Done { reader, chunk, since, decoded, fault }) = self.ahead.end() else { return };
+        let live = self.lanes.live_mut();
+        live.take_back(reader, fault);
+        match since {
+            Some(since) => self.ahead.ready = Some(Ahead { chunk, since, decoded }),
+            None => {
+                // It may have passed control records, which nobody has to take.
+                live.stand_at_reader();
+                self.ahead.keep_spare(chunk);
+            }
+        }
+    }
+
+    /// Gives up what was read ahead: the lane is about to be read anew from where the ledger stands.
+    pub(super) fn forget_ahead(&mut self) {
+        self.recall();
+        if let Some(Ahead { chunk, .. }) = self.ahead.ready.take() {
+            self.ahead.keep_spare(chunk);
+        }
+    }
+
+    /// What was read ahead, if anything. It is the open microbatch's now.
+    pub(super) fn take_ahead(&mut self) -> Option<Ahead> {
+        self.recall();
+        let ahead = self.ahead.ready.take()?;
+        assert!(
+            self.lanes.served().is_live(),
+            "what was read ahead is of the live lane, which is served first"
+        );
+        self.lanes.live_mut().stand_at_reader();
+        Some(ahead)
+    }
 }
 
 impl Run<'_, '_> {
@@ -44,60 +300,73 @@ impl Run<'_, '_> {
         files: Vec<DataFile>,
     ) -> Result<u32, Stop> {
         let is_last = next.released || self.is_ending() || self.is_last_batch();
-        // What comes after this one is known before it landed only where there is one lane.
-        let takes_turns = self.session.owner.record.active_backfills().next().is_some();
-        if is_last || takes_turns || self.session.exhausted() {
-            return self.session.owner.commit(next, files).await;
+        if !is_last {
+            let limits = self.session.first_chunk_limits();
+            self.session.read_ahead(limits);
         }
-        let limits = self.session.first_chunk_limits();
-        let Session { owner, lanes, decoder, .. } = &mut *self.session;
-        let LaneReader { reader, slots, .. } = lanes.live_mut();
-        let (is_sent, runtime) = (AtomicBool::new(false), Handle::current());
-        let (sent, ahead) = tokio::task::block_in_place(|| {
-            thread::scope(|scope| {
-                let reading = scope.spawn(|| read(reader, decoder, slots, limits, &is_sent));
-                let answered = SetAtEnd(&is_sent);
-                let sent = runtime.block_on(owner.commit(next, files));
-                drop(answered);
-                (sent, reading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            })
+        let sent = self.session.owner.commit(next, files).await;
+        self.session.recall();
+        sent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::ClientConfig;
+    use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+
+    use super::*;
+    use crate::commit::ledger::LIVE_LANE;
+    use crate::generate::{Broker, demo_job_toml};
+    use crate::job::file;
+    use crate::pipeline::lanes::LaneReader;
+    use crate::pipeline::owner::new_decoder;
+    use crate::source::{Connection, ReadPlan, ReaderOptions};
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn what_the_reader_met_ahead_is_given_to_the_next_read_although_the_broker_shows_it_no_more() {
+        let broker = Broker::start().unwrap();
+        let topics = ["events".to_owned()];
+        broker.create_topics(&topics, 1).unwrap();
+        let producer: BaseProducer =
+            ClientConfig::new().set("bootstrap.servers", broker.bootstrap()).create().unwrap();
+        producer.send(BaseRecord::<(), _>::to("events").payload("{}")).unwrap();
+        producer.flush(PATIENCE).unwrap();
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("job.toml");
+        std::fs::write(&path, demo_job_toml(broker.bootstrap(), folder.path(), &topics)).unwrap();
+        let job = file::read(&path, &[], &|_| None).unwrap().job;
+        let connection = Connection::open(&job.source, 16 << 20, "test").unwrap();
+        let held = connection.offsets(&[TopicPartition::new("events", 0)]).unwrap();
+        let plan = held.into_iter().map(|(topic_partition, range)| ReadPlan {
+            topic_partition,
+            start: range.low,
+            end: range.end,
+            low: range.low,
+            tail: None,
         });
-        let sends = sent?;
-        // This microbatch landed, so what can not be decoded is a matter of the next one.
-        self.session.ahead = ahead.transpose();
-        Ok(sends)
-    }
-}
+        let (plans, options) = (plan.collect(), ReaderOptions::default());
+        broker.forbid_one_fetch();
+        let mut lane =
+            LaneReader::open(&connection, None, LIVE_LANE, plans, options, &job.event_time).unwrap();
 
-/// Ends the reading beside a commit also where that panics: the scope waits for it.
-struct SetAtEnd<'f>(&'f AtomicBool);
+        let limits = ReadLimits { records_max: 10, bytes_max: 1 << 20, deadline: Instant::now() };
+        let (slots, chunk) = (Arc::clone(&lane.slots), RecordChunk::default());
+        let order = Order { reader: lane.lend(), slots, chunk, limits };
+        let mut decoder = new_decoder(&job).unwrap();
+        let Done { reader, mut chunk, fault, .. } =
+            read(order, &mut decoder, &AtomicBool::new(false), &Profile::default());
+        assert!(matches!(fault, Some(SourceError::NotAuthorized { .. })), "{fault:?}");
+        lane.take_back(reader, fault);
+        assert!(lane.has_fault() && chunk.is_empty());
 
-impl Drop for SetAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        let limits = ReadLimits { deadline: Instant::now() + PATIENCE, ..limits };
+        let met = lane.read(&mut chunk, limits).unwrap_err();
+        assert!(matches!(met, SourceError::NotAuthorized { .. }), "{met:?}");
+        assert!(!lane.has_fault() && chunk.is_empty());
+        assert_eq!(lane.read(&mut chunk, limits).unwrap(), ReadStatus::Exhausted);
+        assert_eq!(chunk.len(), 1);
     }
-}
-
-/// Reads until the chunk is full or the commit was answered. What a reader fails with it fails with again when the
-/// microbatch is read (an invariant of [`Reader`]), where it is dealt with; what it gave before is good.
-fn read(
-    reader: &mut Reader,
-    decoder: &mut Decoder,
-    slots: &[TopicPartition],
-    limits: ReadLimits,
-    is_sent: &AtomicBool,
-) -> Result<Option<Ahead>, Stop> {
-    let (mut chunk, mut since) = (RecordChunk::default(), None);
-    loop {
-        let status = reader.read(&mut chunk, ReadLimits { deadline: Instant::now() + READ_TURN, ..limits });
-        if since.is_none() && !chunk.is_empty() {
-            since = Some(Instant::now());
-        }
-        if is_sent.load(Ordering::Relaxed) || !matches!(status, Ok(ReadStatus::DeadlinePassed)) {
-            break;
-        }
-    }
-    let Some(since) = since else { return Ok(None) };
-    let decoded = decoder.decode(&chunk, slots).map_err(undecodable)?;
-    Ok(Some(Ahead { chunk, decoded, since }))
 }

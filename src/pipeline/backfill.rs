@@ -41,6 +41,9 @@ const SAMPLE_BYTES_MAX: usize = 8 << 20;
 /// Longest time for it; what was read by then tells.
 const SAMPLE_TIME_MAX: Duration = Duration::from_secs(10);
 
+/// The field that says how many dead letters a microbatch may have.
+const LETTERS_RATIO_MAX: &str = "sink.iceberg.dead_letters.max_ratio";
+
 /// What a person asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Asked {
@@ -255,8 +258,7 @@ pub async fn run(
             None => {
                 let text = format!("{}; it is asked to read backfill {}", busy.what, wish.lane);
                 report.event(&Event::Notice { text });
-                let lane = wish.lane.clone();
-                let ask = wish.register.clone().map_or(Ask::ResumeLane { lane }, Ask::Backfill);
+                let ask = wish.ask(loaded);
                 posted.insert(Posted::post(loaded, ask).await?)
             }
         };
@@ -311,6 +313,17 @@ async fn watch(
     }
 }
 
+impl Wish {
+    /// What an owner is asked for it. A backfill that goes on may have as many dead letters as who asks says with `--set`; what the
+    /// job file says is the owner's to read, and may change.
+    fn ask(&self, loaded: &LoadedJob) -> Ask {
+        let ratio_max = loaded.job.sink.dead_letters.ratio_max;
+        let letters_ratio_max = loaded.is_set(LETTERS_RATIO_MAX).then_some(ratio_max);
+        let resume = || Ask::ResumeLane { lane: self.lane.clone(), letters_ratio_max };
+        self.register.clone().map_or_else(resume, Ask::Backfill)
+    }
+}
+
 /// The command with which a backfill goes on.
 pub(super) fn resume_command(job_shown: &str, lane: &str) -> String {
     format!("tidemill backfill {job_shown} --resume {lane}")
@@ -335,16 +348,13 @@ impl Session<'_> {
         let Some(wish) = self.options.backfill.clone() else { return Ok(()) };
         // One that was asked for before, and left by an owner that has gone, is this very backfill.
         requests::take(&mut self.owner, report).await?;
-        let lane = wish.lane.clone();
-        let known = self.owner.record.lanes.get(&lane).and_then(|lane| lane.backfill.as_ref());
+        let lane = &wish.lane;
+        let known = self.owner.record.lanes.get(lane).and_then(|lane| lane.backfill.as_ref());
         if wish.register.is_none() && known.is_some_and(|known| known.state == LaneState::Done) {
             report.event(&Event::Notice { text: format!("backfill {lane} is done") });
             return Ok(());
         }
-        let ask = match wish.register {
-            Some(new_lane) => Ask::Backfill(new_lane),
-            None => Ask::ResumeLane { lane },
-        };
+        let ask = wish.ask(self.owner.world.loaded);
         let granted = grant(&self.owner.record, &ask, &topics_of(&self.owner)).map_err(refused)?;
         if let Some(Granted { next, change }) = granted {
             crate::crash_point!("backfill_to_register");
@@ -355,6 +365,13 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Pauses the backfill that could not be read on. Before requests are taken up: one may drop it, and another register a
+    /// new one under its name.
+    pub(super) async fn pause_unread(&mut self, report: &mut dyn Report) -> Result<(), Stop> {
+        let Some((lane, stop)) = self.lanes.to_pause.take() else { return Ok(()) };
+        self.pause(&lane, &Blocked::Stopped(stop), report).await
+    }
+
     /// Serves the lane whose turn it is; false if there is none. A run without end says whether live has something; in a drain
     /// its frozen ends tell. A backfill that can not be read is paused by a commit, so
     /// that the live lane goes on and the next run does not try again.
@@ -363,12 +380,9 @@ impl Session<'_> {
         live_has_more: Option<bool>,
         report: &mut dyn Report,
     ) -> Result<bool, Stop> {
-        if let Some((lane, stop)) = self.lanes.to_pause.take() {
-            self.pause(&lane, &Blocked::Stopped(stop), report).await?;
-        }
         self.lanes.close_idle(&self.owner.record);
         self.lanes.serve_live();
-        if self.ahead.is_some() {
+        if self.ahead.is_ready() {
             // Read before a backfill was asked for: it is of the live lane.
             return Ok(true);
         }
@@ -425,7 +439,17 @@ impl Session<'_> {
         if let Some(name) = gone.first() {
             return Ok(Err(Blocked::NoTopic(name.topic.clone())));
         }
-        let held = self.connection.offsets(&ours).map_err(stops::source)?;
+        let rests = |error: &SourceError, goal: Option<&str>| {
+            error.reason() == Reason::SourceAway && goal != Some(lane)
+        };
+        let held = match self.connection.offsets(&ours) {
+            Ok(held) => held,
+            Err(error) if rests(&error, self.lanes.goal.as_deref()) => {
+                self.rest(lane, &error, report);
+                return Ok(Err(Blocked::Rests));
+            }
+            Err(error) => return Err(stops::source(error)),
+        };
         let plans = match backfill_plans(record, lane, &held) {
             Ok(plans) => plans,
             Err(blocked) => return Ok(Err(blocked)),
@@ -440,9 +464,7 @@ impl Session<'_> {
             Err(error) if is_of_lane(error.reason()) => {
                 Ok(Err(Blocked::Stopped(self.backfill_unread(lane, error))))
             }
-            Err(error)
-                if error.reason() == Reason::SourceAway && self.lanes.goal.as_deref() != Some(lane) =>
-            {
+            Err(error) if rests(&error, self.lanes.goal.as_deref()) => {
                 self.rest(lane, &error, report);
                 Ok(Err(Blocked::Rests))
             }
@@ -465,13 +487,18 @@ impl Session<'_> {
         if let Some(backfill) = next.lanes.get_mut(lane).and_then(|lane| lane.backfill.as_mut()) {
             backfill.state = LaneState::Paused;
         }
+        let drop_it = format!(
+            "what it wrote stays, and live is not touched; drop it, and begin another one over what is left:\n  \
+             tidemill lane drop {} {lane}",
+            self.options.job_shown
+        );
         // Examples that a stop shows line by line are not for the ledger.
         let first_line = what.lines().next().unwrap_or_default().to_owned();
         let change = Change { by: "run".to_owned(), what: first_line };
         commit_change(&mut self.owner, next, change, false).await?;
         let text = match blocked {
             Blocked::Stopped(stop) => format!("{what}\n{}", stop.way_out),
-            _ => what.clone(),
+            _ => format!("{what}\n{drop_it}"),
         };
         report.event(&Event::Notice { text });
         if self.lanes.goal.as_deref() != Some(lane) {
@@ -483,10 +510,7 @@ impl Session<'_> {
         Err(Stop::new(
             if matches!(blocked, Blocked::Lost(_)) { Reason::OffsetsLost } else { Reason::Usage },
             what,
-            format!(
-                "what it wrote stays, and live is not touched; drop it, and begin another one over what is left:\n  \
-                 tidemill lane drop JOB {lane}"
-            ),
+            drop_it,
         ))
     }
 }

@@ -14,7 +14,7 @@ mod rekey;
 mod savepoint;
 mod watermark;
 
-pub use adopt::{adopt_ledger, adopt_rows};
+pub use adopt::{Adopting, adopt_ledger, adopt_rows};
 pub use forget::forget_keys;
 pub use rebuild::rebuild_state;
 pub use rekey::rekey_state;

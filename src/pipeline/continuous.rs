@@ -13,6 +13,7 @@
 use std::time::{Duration, Instant};
 
 use super::microbatch::{READ_TURN_MAX, Run};
+use super::profile::Stage;
 use super::report::{Event, Report, Summary};
 use super::requests;
 use super::session::{Opened, Session};
@@ -120,6 +121,7 @@ fn taken_over(stop: Stop) -> Stop {
 
 /// Longer with each failure, and up to half of it at random so that two processes do not march in step.
 async fn pause(failures: u32, options: &RunOptions) {
+    options.profile.turn_to(Stage::Pause);
     let longest = PAUSE_FIRST.saturating_mul(1 << failures.min(6)).min(PAUSE_MAX);
     let until = Instant::now() + longest.mul_f64(0.5 + rand::random::<f64>() / 2.0);
     while Instant::now() < until && !options.is_ending() {
@@ -135,7 +137,10 @@ async fn live(
     report: &mut dyn Report,
     chain: &mut Chain,
 ) -> Result<Ended, Stop> {
-    let mut session = match Session::open(loaded, options, report).await? {
+    options.profile.turn_to(Stage::Start);
+    let opened = Session::open(loaded, options, report).await;
+    options.profile.turn_to(Stage::Other);
+    let mut session = match opened? {
         Opened::Session(session) => session,
         Opened::NothingToRead(summary) => return Ok(Ended::Asked(summary)),
     };
@@ -146,6 +151,8 @@ async fn live(
     let batches_before = chain.batches;
     let mut run = Run::new(&mut session, report, chain.counts, chain.batches);
     let followed = protocol::follow(&mut run).await;
+    options.profile.turn_to(Stage::End);
+    options.profile.note_threads();
     let topics_changed = run.topics_changed;
     (chain.counts, chain.batches) = (run.counts, run.batches);
     chain.outage = std::mem::take(&mut session.watch.outage);
@@ -177,9 +184,22 @@ impl Run<'_, '_> {
 }
 
 impl Endless for Run<'_, '_> {
-    /// Looks at each thing in turn, in turns short enough that a signal is heard.
+    /// See [`Run::look_around`].
     async fn await_turn(&mut self, heartbeat_ms: i64) -> Result<Turn, Stop> {
+        self.session.options.profile.turn_to(Stage::WaitForRecords);
+        let turn = self.look_around(heartbeat_ms).await;
+        self.session.options.profile.turn_to(Stage::Other);
+        turn
+    }
+}
+
+impl Run<'_, '_> {
+    /// Looks at each thing in turn, in turns short enough that a signal is heard.
+    async fn look_around(&mut self, heartbeat_ms: i64) -> Result<Turn, Stop> {
         loop {
+            if let Some(stop) = self.session.lanes.ends_with.take() {
+                return Err(stop);
+            }
             if self.is_ending() {
                 return Ok(Turn::End);
             }
@@ -187,15 +207,16 @@ impl Endless for Run<'_, '_> {
                 self.topics_changed = true;
                 return Ok(Turn::End);
             }
+            self.session.pause_unread(self.report).await?;
             self.take_requests().await?;
             self.session.lanes.serve_live();
-            if self.session.ahead.is_some() {
+            if self.session.ahead.is_ready() {
                 return Ok(Turn::Microbatch);
             }
             // A backfill does not wait for live, which is looked at first.
             let has_backfills = self.session.lanes.has_backfills(&self.session.owner.record);
             let wait = if has_backfills { Duration::ZERO } else { READ_TURN_MAX };
-            let live = &mut self.session.lanes.live_mut().reader;
+            let live = self.session.lanes.live_mut();
             match live.await_record(Instant::now() + wait) {
                 Ok(live_has_more) => {
                     if live_has_more {

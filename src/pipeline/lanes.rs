@@ -17,6 +17,7 @@
 //! second one is opened.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::commit::ledger::{Backfill, LIVE_LANE, Lane, LaneState, LedgerRecord};
@@ -26,7 +27,7 @@ use crate::lateness::Lateness;
 use crate::offset::{NextOffset, TopicPartition};
 use crate::record::RecordChunk;
 use crate::source::{
-    Connection, LostRange, OffsetRange, ReadPlan, Reader, ReaderOptions, STALL_AFTER_DEFAULT, SourceError,
+    Connection, LostRange, OffsetRange, ReadLimits, ReadPlan, ReadStatus, Reader, ReaderOptions, SourceError,
     Tail, check_ranges,
 };
 use crate::stop::Stop;
@@ -35,6 +36,8 @@ use crate::stop::Stop;
 const LIVE_STREAK_MAX: u32 = 4;
 /// The same where a run has no end: its live microbatches are mostly waiting, so every other one is a backfill's.
 const ENDLESS_STREAK_MAX: u32 = 1;
+/// Where a reader must be when it is asked something.
+const AT_HOME: &str = "what is read ahead is recalled before the reader is asked anything";
 /// Readers that may be open at once.
 pub(super) const READERS_MAX: u32 = 2;
 
@@ -43,13 +46,41 @@ pub(super) struct LaneReader {
     /// Name of the lane.
     pub(super) lane: String,
     /// Topic partitions by slot.
-    pub(super) slots: Vec<TopicPartition>,
+    pub(super) slots: Arc<[TopicPartition]>,
     /// First offsets of this life, by slot.
     pub(super) starts: Vec<NextOffset>,
-    pub(super) reader: Reader,
+    /// `None` while something is read ahead with it.
+    reader: Option<Reader>,
+    /// What was met while it was read ahead. The broker may not show it a second time, so it is kept.
+    fault: Option<SourceError>,
+    reached: Reached,
     pub(super) lateness: Lateness,
     /// The Kafka timestamps that count; `None` for all.
     range: Option<Backfill>,
+}
+
+/// How far microbatches have taken a lane. A reader that reads ahead is further.
+#[derive(Debug)]
+pub(super) struct Reached {
+    /// Next offsets, by slot.
+    pub(super) positions: Vec<NextOffset>,
+    /// The last records taken, by slot.
+    pub(super) tails: Vec<Option<Tail>>,
+    /// Whether each slot stands at the end of what may be seen.
+    pub(super) at_end: Vec<bool>,
+    /// Offsets left to the frozen ends.
+    left: u64,
+}
+
+impl Reached {
+    fn of(reader: &Reader) -> Self {
+        Self {
+            positions: reader.positions(),
+            tails: reader.tails(),
+            at_end: reader.at_end(),
+            left: reader.lag_left(),
+        }
+    }
 }
 
 impl LaneReader {
@@ -62,17 +93,20 @@ impl LaneReader {
         options: ReaderOptions,
         rule: &EventTimeRule,
     ) -> Result<Self, SourceError> {
-        let slots: Vec<TopicPartition> = plans.iter().map(|plan| plan.topic_partition.clone()).collect();
+        let slots: Arc<[TopicPartition]> = plans.iter().map(|plan| plan.topic_partition.clone()).collect();
         let starts = plans.iter().map(|plan| plan.start).collect();
+        let patience = options.stall_after;
         let mut reader = Reader::assign(connection, plans, options)?;
-        reader.verify_tails(STALL_AFTER_DEFAULT)?;
+        reader.verify_tails(patience)?;
         let known = record.and_then(|record| record.lanes.get(lane));
         Ok(Self {
             lane: lane.to_owned(),
             lateness: lateness(rule, known, &slots),
             slots,
             starts,
-            reader,
+            reached: Reached::of(&reader),
+            reader: Some(reader),
+            fault: None,
             range: known.and_then(|lane| lane.backfill.clone()),
         })
     }
@@ -83,7 +117,7 @@ impl LaneReader {
 
     /// Offsets left to the frozen ends.
     pub(super) fn lag(&self) -> u64 {
-        self.reader.lag_left()
+        self.reached.left
     }
 
     /// Whether every topic partition was read to its frozen end.
@@ -98,7 +132,7 @@ impl LaneReader {
 
     /// Whether positions moved past the ledger, by control records or gaps alone.
     pub(super) fn trails(&self, record: &LedgerRecord) -> bool {
-        let positions = self.reader.positions();
+        let positions = &self.reached.positions;
         let known = record.lanes.get(&self.lane);
         self.slots.iter().enumerate().any(|(slot, name)| {
             let cursor = known.and_then(|lane| lane.topics.get(&name.topic)?.get(&name.partition));
@@ -125,12 +159,72 @@ impl LaneReader {
         self.slots = plans.iter().map(|plan| plan.topic_partition.clone()).collect();
         self.starts = plans.iter().map(|plan| plan.start).collect();
         self.lateness = lateness(rule, record.lanes.get(&self.lane), &self.slots);
-        self.reader.reassign(connection, plans)
+        // What was met beyond the ledger's cursors is met again, or their tails differ.
+        self.fault = None;
+        self.moves(|reader| reader.reassign(connection, plans))
+    }
+
+    /// How far microbatches have taken it.
+    pub(super) fn reached(&self) -> &Reached {
+        &self.reached
+    }
+
+    /// Everything that was read was taken.
+    pub(super) fn stand_at_reader(&mut self) {
+        let reader = self.reader.as_ref().expect(AT_HOME);
+        self.reached = Reached::of(reader);
+    }
+
+    /// What the reader is asked to do is done for the open microbatch, or between two.
+    fn moves<T>(&mut self, work: impl FnOnce(&mut Reader) -> T) -> T {
+        let done = work(self.reader.as_mut().expect(AT_HOME));
+        self.stand_at_reader();
+        done
+    }
+
+    /// The reader, to read ahead with. Until it is taken back nothing else may be asked of it.
+    pub(super) fn lend(&mut self) -> Reader {
+        self.reader.take().expect(AT_HOME)
+    }
+
+    /// What was read ahead is not taken yet. `fault` is what ended it.
+    pub(super) fn take_back(&mut self, reader: Reader, fault: Option<SourceError>) {
+        (self.reader, self.fault) = (Some(reader), fault);
+    }
+
+    /// Whether the next read gives an error that is known already.
+    pub(super) fn has_fault(&self) -> bool {
+        self.fault.is_some()
+    }
+
+    /// See [`Reader::read`]. Gives first what was met while it was read ahead.
+    pub(super) fn read(
+        &mut self,
+        chunk: &mut RecordChunk,
+        limits: ReadLimits,
+    ) -> Result<ReadStatus, SourceError> {
+        self.meet_fault()?;
+        self.moves(|reader| reader.read(chunk, limits))
+    }
+
+    /// See [`Reader::await_record`]. Gives first what was met while it was read ahead.
+    pub(super) fn await_record(&mut self, deadline: Instant) -> Result<bool, SourceError> {
+        self.meet_fault()?;
+        self.moves(|reader| reader.await_record(deadline))
+    }
+
+    fn meet_fault(&mut self) -> Result<(), SourceError> {
+        self.fault.take().map_or(Ok(()), Err)
+    }
+
+    /// See [`Reader::be_patient`].
+    pub(super) fn be_patient(&mut self, renewed: bool) -> Result<(), SourceError> {
+        self.moves(|reader| reader.be_patient(renewed))
     }
 
     /// Next offsets by topic partition.
     pub(super) fn positions(&self) -> BTreeMap<TopicPartition, NextOffset> {
-        self.slots.iter().cloned().zip(self.reader.positions()).collect()
+        self.slots.iter().cloned().zip(self.reached.positions.iter().copied()).collect()
     }
 
     /// Forgets the records outside the lane's range and gives their number. They are not decoded: what they hold is no
@@ -241,7 +335,7 @@ pub(super) struct Lanes {
     pub(super) resting: BTreeMap<String, Instant>,
     /// The backfill that can not be read on, and why; it is paused before the next turn.
     pub(super) to_pause: Option<(String, Stop)>,
-    /// What a drain ends with now that everything it could read is committed.
+    /// What the run ends with now that everything it could read is committed.
     pub(super) ends_with: Option<Stop>,
     /// When live's ends were asked for last.
     live_asked_at: Instant,
@@ -310,7 +404,7 @@ impl Lanes {
     /// Makes room for another reader: lets the open backfill go, and the live one give up half of its queue.
     pub(super) fn make_room(&mut self) -> Result<(), SourceError> {
         self.close_backfill();
-        self.live.reader.divide_queue(READERS_MAX)
+        self.live.moves(|reader| reader.divide_queue(READERS_MAX))
     }
 
     pub(super) fn serve(&mut self, backfill: LaneReader) {
@@ -336,7 +430,9 @@ impl Lanes {
     /// Lets the reader of a backfill go that is not to be served any more.
     pub(super) fn close_idle(&mut self, record: &LedgerRecord) {
         let is_active = |reader: &LaneReader| record.active_backfills().any(|name| *name == reader.lane);
-        if self.backfill.as_ref().is_some_and(|reader| !is_active(reader)) {
+        // One that rests in a drain is not served again.
+        let is_done_with = |reader: &LaneReader| !self.is_endless && self.is_resting(&reader.lane);
+        if self.backfill.as_ref().is_some_and(|reader| !is_active(reader) || is_done_with(reader)) {
             self.close_backfill();
         }
     }
@@ -393,7 +489,7 @@ impl Lanes {
     ) -> Result<(), SourceError> {
         self.live_asked_at = Instant::now();
         let ends = held.iter().map(|(name, range)| (name.clone(), range.end)).collect();
-        self.live.reader.extend(&ends)
+        self.live.moves(|reader| reader.extend(&ends))
     }
 }
 
@@ -479,6 +575,7 @@ mod tests {
             state: LaneState::Active,
             ends: BTreeMap::from([("sent".to_owned(), ends)]),
             counts: Default::default(),
+            letters_ratio_max: None,
         };
         let topics = BTreeMap::from([("sent".to_owned(), BTreeMap::from([(0, cursor(10)), (1, cursor(7))]))]);
         let mut record = record();

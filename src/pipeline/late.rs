@@ -1,4 +1,4 @@
-//! Where the rows of a probe batch go: what time says of them, and what that makes of late rows.
+//! Where the rows of a probe batch go: what time says of them, why it refuses some, and what that makes of late rows.
 //!
 //! Flow: time verdicts -> [`Judged`] -> rows that nothing can prove new are set aside -> probe -> main and late table
 //!
@@ -16,7 +16,8 @@ use arrow::datatypes::{Field, Schema};
 
 use super::microbatch::unexpected_arrow;
 use crate::event_time::EventTimeMs;
-use crate::job::{LATE_COLUMNS, LatePolicy};
+use crate::job::{BucketFrom, LATE_COLUMNS, LatePolicy};
+use crate::letter::ReasonCode;
 use crate::mutant;
 use crate::stop::Stop;
 
@@ -41,12 +42,19 @@ pub(super) struct Judged {
     pub(super) dropped: Vec<usize>,
     /// The watermark behind which a row is late, of those that are.
     watermarks: Vec<Option<EventTimeMs>>,
+    /// By row, the time that tells the bucket of its key; `None` = its event time.
+    pub(super) times_of_ids: Option<Vec<EventTimeMs>>,
 }
 
 impl Judged {
     /// So many rows, none of which goes anywhere yet.
     pub(super) fn of_none(rows: usize) -> Self {
-        Self { fates: vec![Fate::Nowhere; rows], dropped: Vec::new(), watermarks: vec![None; rows] }
+        Self {
+            fates: vec![Fate::Nowhere; rows],
+            dropped: Vec::new(),
+            watermarks: vec![None; rows],
+            times_of_ids: None,
+        }
     }
 
     /// A row is late behind this watermark.
@@ -75,6 +83,35 @@ impl Judged {
         });
         (before - order.len()) as u64
     }
+}
+
+/// What a letter says of a row whose event time is after `limit`.
+pub(super) fn ahead(time: EventTimeMs, limit: EventTimeMs) -> (ReasonCode, String) {
+    let text = format!(
+        "event time {time} is ahead of {limit}, the latest that event_time.max_ahead believes of this record"
+    );
+    (ReasonCode::EventTimeAhead, text)
+}
+
+/// Why a row is refused for the time in its id, if it is; `time` is what its id tells, and `limit` the latest that is believed
+/// of its record. Nothing where ids do not tell the bucket.
+pub(super) fn judge_id(
+    bucket_from: &BucketFrom,
+    time: Option<EventTimeMs>,
+    limit: EventTimeMs,
+) -> Option<(ReasonCode, String)> {
+    let BucketFrom::Id { kind, column } = bucket_from else { return None };
+    let Some(time) = time else {
+        let text = format!("column {column}: no {} that tells its time", kind.name());
+        return Some((ReasonCode::IdWithoutTime, text));
+    };
+    (time > limit).then(|| {
+        let text = format!(
+            "column {column}: the id was made at {time}, ahead of {limit}, the latest that event_time.max_ahead \
+             believes of this record"
+        );
+        (ReasonCode::EventTimeAhead, text)
+    })
 }
 
 /// The rows whose fate is one of those asked for.

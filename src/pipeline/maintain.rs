@@ -31,6 +31,7 @@ use crate::maintenance::{
     self, Done, Keep, MaintenanceError, Orphans, Pass, PropertyError, Rules, SNAPSHOTS_EXPIRED_MAX, SUMMARY,
     retention::Ours,
 };
+use crate::mutant;
 use crate::protocol::stops::chain;
 use crate::protocol::{GENERATIONS_KEPT, World};
 use crate::sink::schema;
@@ -150,6 +151,13 @@ impl Keeper<'_, '_> {
         table_of(self.owner, which)
     }
 
+    /// Whether main, as loaded last, carries the last commit of this owner.
+    fn owns_head(&self) -> bool {
+        let found = ledger::inspect(self.owner.main_metadata());
+        let last = found.as_ref().ok().and_then(|found| found.record());
+        last.is_some_and(|record| record.attempt == self.owner.record.attempt)
+    }
+
     /// One pass over one table. `search` = look for orphans among the data files whenever that was done last.
     async fn pass(&mut self, which: Which, asked: &Asked, search: bool) -> Result<Done, PassError> {
         let record = &self.owner.record;
@@ -167,9 +175,10 @@ impl Keeper<'_, '_> {
         let mut done = Done::default();
         if rules.collects {
             let intents = maintenance::unfinished(&table, &found).await?;
-            if !intents.is_empty() {
-                // None of them is of a later epoch if this lands, and what it was judged by is not older than they are.
-                self.owner.renew().await.map_err(PassError::Commit)?;
+            if !intents.is_empty() || !self.owns_head() {
+                // None of them is of a later epoch if this lands, and what it was judged by is not older than they are. Who
+                // was fenced long ago must not judge what is an orphan either.
+                mutant!("intents-finished-unproven", () => self.owner.renew().await.map_err(PassError::Commit)?);
                 if let Which::Side(role) = which {
                     // The fence of this epoch moved main's head: a pass over a side table may still be on its way.
                     self.owner.fence_side(role).await.map_err(PassError::Commit)?;

@@ -2,9 +2,9 @@
 //!
 //! Flow: [`RecordChunk`] -> rows and letters -> time verdicts -> first-seen rows -> data files -> commit -> side tables
 //!
-//! A microbatch is read in probe batches bounded by the memory plan. Each is decoded, judged, probed and written before
-//! the next is read, so rows never wait for a verdict and memory does not depend on the size of the microbatch, but for
-//! its pending keys, which the memory plan bounds.
+//! A microbatch is read in probe batches bounded by the memory plan. Each is judged, probed and written before the next is
+//! judged, so rows never wait for a verdict and memory does not depend on the size of the microbatch, but for its pending
+//! keys, which the memory plan bounds. The next one is read and decoded meanwhile (`ahead`).
 //!
 //! A batch that ends before its commit was sent leaves nothing: keys are abandoned, files deleted best effort. Once it
 //! was sent, files stay whatever happens.
@@ -19,9 +19,10 @@ use iceberg::table::Table;
 use uuid::Uuid;
 
 use super::backfill::resume_command;
-use super::lanes::LaneReader;
-use super::late::{Fate, Judged, rows_where, with_late_columns};
+use super::lanes::{self, LaneReader};
+use super::late::{self, Fate, Judged, rows_where, with_late_columns};
 use super::owner::Owner;
+use super::profile::Stage;
 use super::rebuild::load;
 use super::report::{Event, Report, Unheard};
 use super::requests;
@@ -35,11 +36,11 @@ use crate::counts::Counts;
 use crate::decode::{DecodeError, Decoded, metadata};
 use crate::dedup::{Key, Verdict};
 use crate::event_time::EventTimeMs;
-use crate::job::{BRAKE_RECORDS_MIN, BeyondWindow, BucketFrom};
+use crate::job::{BRAKE_RECORDS_MIN, BeyondWindow};
 use crate::lateness::TimeVerdict;
 use crate::letter::{DeadLetter, ReasonCode};
 use crate::mutant;
-use crate::offset::{Place, TopicId};
+use crate::offset::{Place, TopicId, TopicPartition};
 use crate::protocol::{Built, Cut, Life, Reached};
 use crate::record::RecordChunk;
 use crate::sink::dead_letters::{self, LetterPlace};
@@ -63,6 +64,8 @@ pub(super) struct Open {
     /// When it closes whatever it holds; `None` before its first record.
     due: Option<Instant>,
     main: TableWriter,
+    /// Whether the run takes no microbatch after it, as far as is known.
+    pub(super) is_last: bool,
     /// Of the side tables that the job has.
     pub(super) sides: BTreeMap<Role, TableWriter>,
     /// By reason: how often, and the first place.
@@ -86,10 +89,21 @@ impl Open {
         }
     }
 
+    /// Whether its lane gives no more now.
+    pub(super) fn is_cut_short(&self) -> bool {
+        self.is_cut_short
+    }
+
     /// Whether the time from its first record is up.
     fn is_due(&self) -> bool {
         self.due.is_some_and(|due| Instant::now() >= due)
     }
+}
+
+/// Keys that are looked up together, each with the row that it is of.
+struct Asked {
+    rows: Vec<usize>,
+    keys: Vec<Key>,
 }
 
 /// A run's microbatches, and what it tells of them.
@@ -154,16 +168,22 @@ impl<'a> Life for Run<'_, 'a> {
         if let Some(stop) = self.session.lanes.ends_with.take() {
             return Err(stop);
         }
+        self.session.pause_unread(self.report).await?;
         requests::take(&mut self.session.owner, self.report).await?;
         Ok(!self.is_ending() && self.session.choose_lane(None, self.report).await?)
     }
 
     async fn maintain(&mut self) -> Result<(), Stop> {
-        self.session.maintain_if_due(self.report).await
+        self.session.options.profile.turn_to(Stage::Maintenance);
+        let maintained = self.session.maintain_if_due(self.report).await;
+        self.session.options.profile.turn_to(Stage::Other);
+        maintained
     }
 
     async fn build(&mut self) -> Result<Option<Built<DataFile>>, Stop> {
+        let is_last = self.is_last_batch();
         let open = self.open.insert(self.session.begin()?);
+        open.is_last = is_last;
         let filled = self.session.fill(open, self.counts.consumed, self.report).await;
         if let Err(stop) = filled.and_then(|()| self.session.check(open)) {
             return self.session.lanes.put_off(stop).map(|()| None);
@@ -175,7 +195,9 @@ impl<'a> Life for Run<'_, 'a> {
     }
 
     async fn commit(&mut self, next: LedgerRecord, files: Vec<DataFile>) -> Result<u32, Stop> {
-        self.commit_beside_reading(next, files).await
+        let sends = self.commit_beside_reading(next, files).await;
+        self.session.options.profile.turn_to(Stage::SideTables);
+        sends
     }
 
     async fn discard(&mut self) {
@@ -200,6 +222,7 @@ impl<'a> Life for Run<'_, 'a> {
         self.counts.add(&cut.counts);
         self.batches += 1;
         self.report.event(&event);
+        self.session.options.profile.turn_to(Stage::Other);
     }
 }
 
@@ -242,6 +265,7 @@ impl Session<'_> {
             counts: Counts::default(),
             payload_bytes: 0,
             due: None,
+            is_last: false,
             main,
             sides,
             refused: BTreeMap::new(),
@@ -260,26 +284,9 @@ impl Session<'_> {
         report: &mut dyn Report,
     ) -> Result<(), Stop> {
         self.options.phases.reach("read");
-        let mut chunk = RecordChunk::default();
-        if let Some(ahead) = self.ahead.take().transpose()? {
-            open.due = Some(ahead.since + self.owner.world.loaded.job.microbatch.open_time_max);
-            self.watch.source_answers(report);
-            open.payload_bytes += ahead.chunk.payload_bytes() as u64;
-            self.take_chunk(open, &ahead.chunk, ahead.decoded).await?;
-        }
         while let Some(limits) = self.next_chunk_limits(open) {
-            chunk.clear();
-            self.read_chunk(open, &mut chunk, limits, report)?;
-            if !chunk.is_empty() {
-                self.watch.source_answers(report);
-                open.payload_bytes += chunk.payload_bytes() as u64;
-                let outside = self.lanes.served().drop_outside(&mut chunk);
-                open.counts.consumed += outside;
-                open.counts.outside_range += outside;
-            }
-            if !chunk.is_empty() {
-                let decoded = self.decode(&chunk)?;
-                self.take_chunk(open, &chunk, decoded).await?;
+            if let Some((chunk, decoded)) = self.next_chunk(open, limits, report)? {
+                self.take_chunk(open, chunk, decoded).await?;
             }
             report.event(&Event::Progress {
                 batch: open.number,
@@ -291,15 +298,53 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// The next probe batch, decoded: read ahead, or read now; `None` if there is no record of this lane in it.
+    fn next_chunk(
+        &mut self,
+        open: &mut Open,
+        limits: ReadLimits,
+        report: &mut dyn Report,
+    ) -> Result<Option<(RecordChunk, Decoded)>, Stop> {
+        self.options.profile.turn_to(Stage::ReadAhead);
+        let (mut chunk, decoded) = match self.take_ahead() {
+            None => (self.ahead.take_spare(), None),
+            Some(ahead) => {
+                let due = ahead.since + self.owner.world.loaded.job.microbatch.open_time_max;
+                open.due.get_or_insert(due);
+                (ahead.chunk, ahead.decoded.transpose()?)
+            }
+        };
+        if decoded.is_none() {
+            self.read_chunk(open, &mut chunk, limits, report)?;
+        }
+        if !chunk.is_empty() {
+            self.watch.source_answers(report);
+            open.payload_bytes += chunk.payload_bytes() as u64;
+            let outside = self.lanes.served().drop_outside(&mut chunk);
+            open.counts.consumed += outside;
+            open.counts.outside_range += outside;
+        }
+        if chunk.is_empty() {
+            self.ahead.keep_spare(chunk);
+            return Ok(None);
+        }
+        let decoded = match decoded {
+            Some(decoded) => decoded,
+            None => self.decode(&chunk)?,
+        };
+        Ok(Some((chunk, decoded)))
+    }
+
     pub(super) fn decode(&mut self, chunk: &RecordChunk) -> Result<Decoded, Stop> {
+        self.options.profile.turn_to(Stage::Decode);
         self.decoder.decode(chunk, &self.lanes.served().slots).map_err(undecodable)
     }
 
-    /// A probe batch that was read: goes through every stage.
+    /// A probe batch that was read: goes through every stage, and the next is read meanwhile.
     async fn take_chunk(
         &mut self,
         open: &mut Open,
-        chunk: &RecordChunk,
+        chunk: RecordChunk,
         decoded: Decoded,
     ) -> Result<(), Stop> {
         if self.options.continuous {
@@ -307,7 +352,18 @@ impl Session<'_> {
             // reading. In a drain that of the cut is later than every record.
             open.cut_time_ms = open.cut_time_ms.max(chrono::Utc::now().timestamp_millis());
         }
-        self.probe_batch(open, chunk, decoded).await
+        let (decoded, mut judged, letters) = self.judge(open, &chunk, decoded)?;
+        // Letters have bytes of their own: nothing needs the records any more.
+        self.ahead.keep_spare(chunk);
+        let letters_bytes: u64 = letters.iter().map(DeadLetter::kept_bytes).sum();
+        let bytes = decoded.rows.get_array_memory_size() as u64 + letters_bytes;
+        let held_bytes = self.memory.held_bytes(bytes, decoded.places.len() + letters.len());
+        let asked = self.keys_to_ask(open, &decoded, &mut judged).await?;
+        // Not before buckets were lent, which takes decode's share too.
+        self.read_beside_work(open, held_bytes);
+        self.drop_repeats(open, &asked, &mut judged)?;
+        self.write_rows(open, &decoded, &judged).await?;
+        self.write_letters(open, letters).await
     }
 
     /// Bounds of a microbatch's first probe batch.
@@ -317,7 +373,7 @@ impl Session<'_> {
     }
 
     /// Bounds of a probe batch of a microbatch that may take so much more.
-    fn chunk_limits(&self, records_left: u64, bytes_left: u64) -> ReadLimits {
+    pub(super) fn chunk_limits(&self, records_left: u64, bytes_left: u64) -> ReadLimits {
         let bounded = |left: u64, most: u64| usize::try_from(left.min(most)).unwrap_or(usize::MAX);
         ReadLimits {
             records_max: bounded(records_left, self.memory.probe_records_max()),
@@ -328,19 +384,31 @@ impl Session<'_> {
 
     /// Bounds of the next probe batch; `None` when the microbatch is to be closed.
     fn next_chunk_limits(&self, open: &Open) -> Option<ReadLimits> {
+        let (records_left, bytes_left) = self.room_left(open)?;
+        let keys_full = self.state.store.pending_bytes() >= self.memory.pending_bytes_max();
+        let is_over = keys_full
+            || self.exhausted()
+            || open.is_cut_short
+            || self.is_due(open)
+            || self.options.is_ending();
+        (!is_over).then(|| self.chunk_limits(records_left, bytes_left))
+    }
+
+    /// Records and bytes that the microbatch may take beyond what it has; `None` when it is full.
+    pub(super) fn room_left(&self, open: &Open) -> Option<(u64, u64)> {
         let limits = &self.owner.world.loaded.job.microbatch;
         let records_left = limits.records_max.saturating_sub(open.counts.consumed);
         let bytes_left = limits.payload_bytes_max.saturating_sub(open.payload_bytes);
-        let keys_full = self.state.store.pending_bytes() >= self.memory.pending_bytes_max();
-        let full = records_left == 0 || bytes_left == 0 || keys_full;
-        let is_over =
-            full || self.exhausted() || open.is_cut_short || self.is_due(open) || self.options.is_ending();
-        (!is_over).then(|| self.chunk_limits(records_left, bytes_left))
+        (records_left > 0 && bytes_left > 0).then_some((records_left, bytes_left))
     }
 
     /// Whether an open microbatch is closed for its time. A continuous run keeps one of its live lane that gives no table a
     /// row open until a heartbeat is due, whose place its commit takes (R8); one of a backfill that has no record yet, too.
     fn is_due(&self, open: &Open) -> bool {
+        if self.ahead.is_ready() && open.counts.consumed == 0 {
+            // Records for it are there: a commit without them would be for nothing.
+            return false;
+        }
         let waits = match self.lanes.served().is_live() {
             true => !open.counts.gives_rows(),
             false => open.due.is_none(),
@@ -352,7 +420,8 @@ impl Session<'_> {
     }
 
     /// Reads until the chunk is at its bounds or the microbatch is due, in turns short enough that a signal is heard. A
-    /// microbatch's time begins with its first record. What was read when the run is asked to end still counts.
+    /// microbatch's time begins with its first record. What was read into the chunk when the run is asked to end still counts;
+    /// what is read ahead of it then is read again.
     fn read_chunk(
         &mut self,
         open: &mut Open,
@@ -360,18 +429,23 @@ impl Session<'_> {
         limits: ReadLimits,
         report: &mut dyn Report,
     ) -> Result<(), Stop> {
-        loop {
+        self.options.profile.turn_to(Stage::Fetch);
+        // What was read ahead may have waited that long already.
+        while chunk.is_empty() || !open.is_due() {
             let turn_end = Instant::now() + READ_TURN_MAX;
             let due = open.due.filter(|due| *due > Instant::now());
             let deadline = due.map_or(turn_end, |due| due.min(turn_end));
-            let reader = &mut self.lanes.served_mut().reader;
-            let status = match reader.read(chunk, ReadLimits { deadline, ..limits }) {
+            let lane = self.lanes.served_mut();
+            let status = match lane.read(chunk, ReadLimits { deadline, ..limits }) {
                 Ok(status) => status,
                 Err(error) if error.reason() == Reason::SourceAway => {
                     open.is_cut_short = self.gives_nothing(open, !chunk.is_empty(), error, report)?;
                     ReadStatus::DeadlinePassed
                 }
-                Err(error) => return Err(self.unread(error)),
+                Err(error) => {
+                    open.is_cut_short = self.is_cut_off(open, !chunk.is_empty(), error)?;
+                    ReadStatus::DeadlinePassed
+                }
             };
             if open.due.is_none() && !chunk.is_empty() {
                 open.due = Some(Instant::now() + self.owner.world.loaded.job.microbatch.open_time_max);
@@ -380,21 +454,10 @@ impl Session<'_> {
             let waits = !chunk.is_empty() && open.is_due();
             let is_over = open.is_cut_short || self.is_due(open) || self.options.is_ending();
             if status != ReadStatus::DeadlinePassed || waits || is_over {
-                return Ok(());
+                break;
             }
         }
-    }
-
-    /// One probe batch through every stage.
-    async fn probe_batch(
-        &mut self,
-        open: &mut Open,
-        chunk: &RecordChunk,
-        decoded: Decoded,
-    ) -> Result<(), Stop> {
-        let (decoded, judged, letters) = self.probe(open, chunk, decoded).await?;
-        self.write_rows(open, &decoded, &judged).await?;
-        self.write_letters(open, letters).await
+        Ok(())
     }
 
     /// One probe batch judged and probed; nothing of it is written yet.
@@ -402,19 +465,30 @@ impl Session<'_> {
         &mut self,
         open: &mut Open,
         chunk: &RecordChunk,
+        decoded: Decoded,
+    ) -> Result<(Decoded, Judged, Vec<DeadLetter>), Stop> {
+        let (decoded, mut judged, letters) = self.judge(open, chunk, decoded)?;
+        let asked = self.keys_to_ask(open, &decoded, &mut judged).await?;
+        self.drop_repeats(open, &asked, &mut judged)?;
+        Ok((decoded, judged, letters))
+    }
+
+    /// One probe batch judged by time, and the letters that it gives. The chunk is not needed after it.
+    fn judge(
+        &mut self,
+        open: &mut Open,
+        chunk: &RecordChunk,
         mut decoded: Decoded,
     ) -> Result<(Decoded, Judged, Vec<DeadLetter>), Stop> {
+        self.options.profile.turn_to(Stage::Probe);
         open.counts.consumed += decoded.consumed;
         crate::crash_point!("rows_decoded");
         let id_times = self.keys.id_times(&decoded.rows)?;
         let (mut judged, mut letters) = self.judge_time(open, chunk, &decoded, id_times.as_deref());
         letters.append(&mut decoded.letters);
         // The bucket of a key is told by its id where ids tell the time; rows whose id does not were refused.
-        let bucket_times: Vec<EventTimeMs> = match &id_times {
-            Some(times) => times.iter().map(|time| time.unwrap_or(EventTimeMs(0))).collect(),
-            None => decoded.event_times.clone(),
-        };
-        self.drop_repeats(open, &decoded, &mut judged, &bucket_times).await?;
+        let of_row = |time: Option<EventTimeMs>| time.unwrap_or(EventTimeMs(0));
+        judged.times_of_ids = id_times.map(|times| times.into_iter().map(of_row).collect());
         Ok((decoded, judged, letters))
     }
 
@@ -432,8 +506,10 @@ impl Session<'_> {
         let mut judged = Judged::of_none(decoded.places.len());
         for (row, place) in decoded.places.iter().enumerate() {
             let (time, timestamp) = (decoded.event_times[row], decoded.timestamps_ms[row]);
+            let limit = self.lanes.served().lateness.limit(timestamp, open.cut_time_ms);
             if let Some(times) = id_times
-                && let Some((code, text)) = self.judge_id(times[row], timestamp, open.cut_time_ms)
+                && let Some((code, text)) =
+                    late::judge_id(&self.owner.world.loaded.job.dedup.bucket_from, times[row], limit)
             {
                 letters.push(decoded.letter_for(chunk, row, code, &text));
                 continue;
@@ -448,38 +524,12 @@ impl Session<'_> {
                     open.counts.late_dropped += u64::from(judged.fates[row] == Fate::Nowhere);
                 }
                 TimeVerdict::Ahead { limit } => {
-                    let text = format!(
-                        "event time {time} is ahead of {limit}, the latest that event_time.max_ahead believes of this record"
-                    );
-                    letters.push(decoded.letter_for(chunk, row, ReasonCode::EventTimeAhead, &text));
+                    let (code, text) = late::ahead(time, limit);
+                    letters.push(decoded.letter_for(chunk, row, code, &text));
                 }
             }
         }
         (judged, letters)
-    }
-
-    /// Why a row is refused for the time in its id, if it is.
-    fn judge_id(
-        &self,
-        time: Option<EventTimeMs>,
-        timestamp_ms: Option<i64>,
-        cut_time_ms: i64,
-    ) -> Option<(ReasonCode, String)> {
-        let BucketFrom::Id { kind, column } = &self.owner.world.loaded.job.dedup.bucket_from else {
-            return None;
-        };
-        let Some(time) = time else {
-            let text = format!("column {column}: no {} that tells its time", kind.name());
-            return Some((ReasonCode::IdWithoutTime, text));
-        };
-        let limit = self.lanes.served().lateness.limit(timestamp_ms, cut_time_ms);
-        (time > limit).then(|| {
-            let text = format!(
-                "column {column}: the id was made at {time}, ahead of {limit}, the latest that event_time.max_ahead \
-                 believes of this record"
-            );
-            (ReasonCode::EventTimeAhead, text)
-        })
     }
 
     /// Reads the buckets of these keys that have left the state from the table, all in one scan, so that the probe can
@@ -508,22 +558,23 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Lets rows whose key was seen before go nowhere. Keys are probed in the order of their places, so that of two copies
-    /// in one probe batch the one at the lowest place wins (R2). A row whose key can not be looked up without the tables is
-    /// set aside first, where the job says so.
-    async fn drop_repeats(
+    /// Keys of the rows that go somewhere, in the order of their places, so that of two copies in one probe batch the one at
+    /// the lowest place wins (R2). A row whose key can not be looked up without the tables is set aside first, where the job
+    /// says so; else the tables are read.
+    async fn keys_to_ask(
         &mut self,
         open: &mut Open,
         decoded: &Decoded,
         judged: &mut Judged,
-        bucket_times: &[EventTimeMs],
-    ) -> Result<(), Stop> {
+    ) -> Result<Asked, Stop> {
         let fingerprints = self.keys.fingerprints(&decoded.rows)?;
         let is_kept =
             |row: &usize| mutant!("refused-row-is-probed", true => judged.fates[*row] != Fate::Nowhere);
         let mut order: Vec<usize> = (0..judged.fates.len()).filter(is_kept).collect();
         mutant!("winner-by-arrival", () => order.sort_unstable_by_key(|&row| decoded.places[row]));
-        let key = |&row: &usize| Key { fingerprint: fingerprints[row], event_time: bucket_times[row] };
+        let times = judged.times_of_ids.take();
+        let times = times.as_deref().unwrap_or(&decoded.event_times);
+        let key = |&row: &usize| Key { fingerprint: fingerprints[row], event_time: times[row] };
         let mut keys: Vec<Key> = order.iter().map(key).collect();
         match self.owner.world.loaded.job.dedup.beyond_window {
             BeyondWindow::Check => self.lend(open, &keys).await?,
@@ -533,9 +584,14 @@ impl Session<'_> {
                 keys = order.iter().map(key).collect();
             }
         }
-        let verdicts = self.state.store.probe(&keys).map_err(|error| self.state.failed(error))?;
+        Ok(Asked { rows: order, keys })
+    }
+
+    /// Lets rows whose key was seen before go nowhere.
+    fn drop_repeats(&mut self, open: &mut Open, asked: &Asked, judged: &mut Judged) -> Result<(), Stop> {
+        let verdicts = self.state.store.probe(&asked.keys).map_err(|error| self.state.failed(error))?;
         crate::crash_point!("keys_probed");
-        for (&row, verdict) in order.iter().zip(&verdicts) {
+        for (&row, verdict) in asked.rows.iter().zip(&verdicts) {
             match (*verdict == Verdict::New, judged.fates[row]) {
                 (true, Fate::Late) => open.counts.late_side += 1,
                 (true, _) => open.counts.written += 1,
@@ -554,6 +610,7 @@ impl Session<'_> {
         decoded: &Decoded,
         judged: &Judged,
     ) -> Result<(), Stop> {
+        self.options.profile.turn_to(Stage::Write);
         if judged.fates.iter().all(|fate| *fate == Fate::Nowhere) {
             return Ok(());
         }
@@ -623,26 +680,11 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Topic partitions as dead letters name them. Where the broker gives no topic id, one is derived from the name.
     fn letter_slots(&self) -> Vec<dead_letters::Slot> {
         if let Some(slots) = &self.letter_slots {
             return slots.clone();
         }
-        let topics = &self.owner.record.topics;
-        self.lanes
-            .served()
-            .slots
-            .iter()
-            .map(|name| dead_letters::Slot {
-                topic: name.topic.clone(),
-                topic_id: topics
-                    .get(&name.topic)
-                    .copied()
-                    .flatten()
-                    .unwrap_or_else(|| id_of_name(&name.topic)),
-                partition: name.partition,
-            })
-            .collect()
+        letter_slots(&self.owner.record.topics, &self.lanes.served().slots)
     }
 
     /// What must hold before anything is sent.
@@ -650,7 +692,9 @@ impl Session<'_> {
         assert!(open.counts.conserved(), "every consumed row has exactly one outcome: {:?}", open.counts);
         let letters = open.counts.dead_letter + open.counts.dead_letter_known;
         let ratio = letters as f64 / open.counts.consumed.max(1) as f64;
-        let ratio_max = self.owner.world.loaded.job.sink.dead_letters.ratio_max;
+        let lane = self.owner.record.lanes.get(&self.lanes.served().lane);
+        let said = lane.and_then(|lane| lane.backfill.as_ref()?.letters_ratio_max);
+        let ratio_max = said.unwrap_or(self.owner.world.loaded.job.sink.dead_letters.ratio_max);
         if open.counts.consumed >= BRAKE_RECORDS_MIN && mutant!("brake-lets-go", false => ratio > ratio_max) {
             return Err(self.brake(open, letters, ratio, ratio_max));
         }
@@ -694,6 +738,7 @@ impl Session<'_> {
 
     /// Closes the data files of all tables, durably, and says where the microbatch was cut.
     pub(super) async fn finish(&mut self, open: &mut Open) -> Result<Built<DataFile>, Stop> {
+        self.options.profile.turn_to(Stage::Write);
         let kept = self.lanes.loans_kept_after(&self.owner.record, self.watermark());
         self.state.store.keep_loans(kept);
         let main = &self.owner.main;
@@ -737,9 +782,10 @@ impl Session<'_> {
 
     /// The served lane's watermark with what was read so far.
     fn watermark(&self) -> Option<EventTimeMs> {
-        let LaneReader { lane, lateness, reader, .. } = self.lanes.served();
+        let served = self.lanes.served();
+        let LaneReader { lane, lateness, .. } = served;
         let before = self.owner.record.lanes.get(lane).and_then(|lane| lane.watermark);
-        lateness.watermark(before, &reader.at_end())
+        lateness.watermark(before, &served.reached().at_end)
     }
 
     fn reached(&self) -> Vec<Reached> {
@@ -747,8 +793,9 @@ impl Session<'_> {
             // Stored letters move no offset.
             return Vec::new();
         }
-        let LaneReader { slots, starts, reader, lateness, .. } = self.lanes.served();
-        let (positions, tails) = (reader.positions(), reader.tails());
+        let served = self.lanes.served();
+        let LaneReader { slots, starts, lateness, .. } = served;
+        let lanes::Reached { positions, tails, .. } = served.reached();
         slots
             .iter()
             .enumerate()
@@ -767,6 +814,19 @@ impl Session<'_> {
 pub(super) fn undecodable(error: DecodeError) -> Stop {
     let way_out = "nothing of this batch is visible; lower memory, which makes chunks smaller";
     Stop::new(Reason::Unexpected, "records can not be decoded", way_out).because(error)
+}
+
+/// Topic partitions as dead letters name them. Where the broker gives no topic id, one is derived from the name.
+pub(super) fn letter_slots(
+    topics: &BTreeMap<String, Option<TopicId>>,
+    slots: &[TopicPartition],
+) -> Vec<dead_letters::Slot> {
+    let slot = |name: &TopicPartition| dead_letters::Slot {
+        topic: name.topic.clone(),
+        topic_id: topics.get(&name.topic).copied().flatten().unwrap_or_else(|| id_of_name(&name.topic)),
+        partition: name.partition,
+    };
+    slots.iter().map(slot).collect()
 }
 
 /// Stands for the id of a topic whose broker gives none.

@@ -6,7 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::Serialize;
+
 use super::rebuild::suppressed_table;
+use super::sides::{self, SideLoss};
 use super::stops;
 use super::survey::{self, Survey};
 use super::world::{Inheritance, Outside};
@@ -34,7 +37,7 @@ pub(super) type Owner<'a> = protocol::Owner<Outside<'a>>;
 pub enum OffsetCommand {
     /// Topics or cluster are new: begin at their earliest offsets.
     Rebase,
-    /// Records are gone: go on at the earliest offset that is left.
+    /// Records are gone: go on at the earliest offset that is left. Side files are gone: go on without them.
     AcceptLoss,
 }
 
@@ -56,6 +59,8 @@ pub(super) struct Prepared<'a> {
     /// The record found, or `None` for a first run.
     pub(super) record: Option<LedgerRecord>,
     pub(super) decoder: Decoder,
+    /// Files that a side table is owed and that are gone are no reason to stop.
+    bears_lost_files: bool,
 }
 
 /// Lock, survey, start table, lease: reads only, but for the lock file.
@@ -77,10 +82,10 @@ pub(super) async fn prepare<'a>(
     if let Some(known) = record.as_ref().and_then(|record| record.suppressed.as_ref()) {
         suppressed_table(&*survey.catalog, known, &options.job_shown).await?;
     }
-    if record.is_none() && survey.tables_with_keys().any(|table| survey::rows_of(table) > 0) {
+    if record.is_none() && survey.tables_with_keys().any(|table| scan::rows_of(table) > 0) {
         outside.inheritance = Inheritance::Others(others_in(&survey, allow.adopt_rows).await?);
     }
-    Ok(Prepared { outside, memory, survey, record, decoder })
+    Ok(Prepared { outside, memory, survey, record, decoder, bears_lost_files: allow.loss })
 }
 
 /// Rows that stand in a table without ledger: what this ledger writes is told from them by its batch numbers, and from
@@ -170,13 +175,14 @@ impl<'a> Prepared<'a> {
         self,
         starts: &BTreeMap<TopicPartition, NextOffset>,
     ) -> Result<(Owner<'a>, Connection, Decoder), Stop> {
-        let Self { outside, survey, record, decoder, .. } = self;
+        let Self { outside, survey, record, decoder, bears_lost_files, .. } = self;
         let fence = Fence {
             cluster_id: survey.cluster.cluster_id.clone(),
             topic_ids: survey.topic_ids(),
             starts: starts.clone(),
             heads: (survey.main, survey.sides),
             record,
+            bears_lost_files,
         };
         Ok((Owner::take(outside, fence).await?, survey.connection, decoder))
     }
@@ -214,13 +220,30 @@ impl<'a> Prepared<'a> {
     }
 }
 
-/// Moves offsets without reading: fence, then one commit of kind jump.
+/// What a person let go.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Moved {
+    /// Offsets that moved without reading.
+    pub jumps: Vec<Jump>,
+    /// Rows that side tables do not get.
+    pub side_losses: Vec<SideLoss>,
+}
+
+impl Moved {
+    /// Whether nothing had to be.
+    pub fn is_nothing(&self) -> bool {
+        self.jumps.is_empty() && self.side_losses.is_empty()
+    }
+}
+
+/// Moves offsets without reading: fence, then one commit of kind jump. A loss of side files is accepted before, by a commit
+/// of its own.
 pub async fn move_offsets(
     loaded: &LoadedJob,
     options: &RunOptions,
     command: OffsetCommand,
     confirm: &dyn Fn(&str) -> Result<(), Stop>,
-) -> Result<Vec<Jump>, Stop> {
+) -> Result<Moved, Stop> {
     let allow = Allow {
         rebase: command == OffsetCommand::Rebase,
         loss: command == OffsetCommand::AcceptLoss,
@@ -239,10 +262,15 @@ pub async fn move_offsets(
         OffsetCommand::AcceptLoss => BTreeSet::new(),
     };
     let jumps = jumps(&prepared.survey, &record, command, &differing);
-    if jumps.is_empty() {
-        return Ok(jumps);
+    let lost = match command {
+        OffsetCommand::Rebase => Vec::new(),
+        OffsetCommand::AcceptLoss => sides::lost(&prepared).await?,
+    };
+    if jumps.is_empty() && lost.is_empty() {
+        return Ok(Moved::default());
     }
-    let question: Vec<String> = jumps.iter().map(describe).collect();
+    let losses = lost.iter().map(ToString::to_string);
+    let question: Vec<String> = losses.chain(jumps.iter().map(describe)).collect();
     confirm(&format!(
         "{}\nwrite this into the ledger of {}?",
         question.join("\n"),
@@ -260,6 +288,13 @@ pub async fn move_offsets(
     let partition_counts: BTreeMap<String, i32> =
         prepared.survey.cluster.topics.iter().map(|facts| (facts.topic.clone(), facts.partitions)).collect();
     let (mut owner, _, _) = prepared.take(&BTreeMap::new()).await?;
+    let side_losses = match sides::accept_loss(&mut owner, &lost).await {
+        Ok(side_losses) if !jumps.is_empty() => side_losses,
+        ended => {
+            let ended = ended.map(|side_losses| Moved { jumps: Vec::new(), side_losses });
+            return owner.end(ended).await;
+        }
+    };
     let mut next = LedgerRecord {
         kind: Kind::Jump,
         cluster_id,
@@ -295,7 +330,7 @@ pub async fn move_offsets(
         known.insert(jump.partition, cursor);
     }
     let moved = owner.commit(next, Vec::new()).await;
-    owner.end(moved.map(|_| jumps)).await
+    owner.end(moved.map(|_| Moved { jumps, side_losses })).await
 }
 
 /// Topic partitions whose last consumed record is another one now.

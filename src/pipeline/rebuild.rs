@@ -200,7 +200,7 @@ async fn read_keys_of(
             RowsOf::Others { .. } => keys.of_rows_of_others(&batch)?,
         };
         if let Some(slices) = slices {
-            found.retain(|key| slice_of(slices, key.event_time).is_some());
+            found.retain(|key| dedup::slice_at(slices, key.event_time).is_some());
         }
         take(&found).map_err(|error| stops::state(&folder, error))?;
         report.event(&Event::Reading { table: table.clone(), rows, rows_total });
@@ -296,7 +296,7 @@ async fn read_suppressed(
         };
         let mut found: Vec<Key> = batch.iter().map(key).collect();
         if let Some(slices) = slices {
-            found.retain(|key| slice_of(slices, key.event_time).is_some());
+            found.retain(|key| dedup::slice_at(slices, key.event_time).is_some());
         }
         take(&found).map_err(|error| stops::state(&folder, error))?;
     }
@@ -327,12 +327,6 @@ pub(super) fn ours(record: &LedgerRecord) -> RowsOf {
 pub(super) fn adopted(record: &LedgerRecord) -> Option<RowsOf> {
     let others = record.others.as_ref().filter(|others| others.adopted)?;
     Some(RowsOf::Others { batch_max: others.batch_max })
-}
-
-/// The one of the ascending slices that holds a time.
-fn slice_of(slices: &[Bucket], time: EventTimeMs) -> Option<Bucket> {
-    let after = slices.partition_point(|slice| slice.from <= time);
-    slices[..after].last().copied().filter(|slice| slice.holds(time))
 }
 
 /// What is left of `[since, for ever)` without some ascending buckets.
@@ -730,7 +724,7 @@ mod tests {
         let saved = [bucket(i64::MIN, 10), bucket(20, 30), bucket(30, 40)];
         assert_eq!(gaps(ever, &saved), [bucket(10, 20), bucket(40, i64::MAX)]);
         assert_eq!(gaps(EventTimeMs(10), &saved[1..]), [bucket(10, 20), bucket(40, i64::MAX)]);
-        assert_eq!(slice_of(&[bucket(10, 20), bucket(40, 50)], EventTimeMs(25)), None);
-        assert_eq!(slice_of(&[bucket(10, 20), bucket(40, 50)], EventTimeMs(40)), Some(bucket(40, 50)));
+        assert_eq!(dedup::slice_at(&[bucket(10, 20), bucket(40, 50)], EventTimeMs(25)), None);
+        assert_eq!(dedup::slice_at(&[bucket(10, 20), bucket(40, 50)], EventTimeMs(40)), Some(bucket(40, 50)));
     }
 }

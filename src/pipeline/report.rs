@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::profile::ProfileReport;
 use crate::counts::Counts;
 use crate::maintenance::Done;
 
@@ -105,6 +106,8 @@ pub enum Event {
     },
     /// The run is over.
     Done(Summary),
+    /// Where its time went, however it ended, if that was asked for.
+    Profile(ProfileReport),
 }
 
 /// Totals of a run.

@@ -66,8 +66,14 @@ pub(super) fn grant(
         Ask::PauseLane { lane } => {
             (set(&mut next, lane, LaneState::Paused)?, "lane pause", format!("backfill {lane} is paused"))
         }
-        Ask::ResumeLane { lane } => {
-            (set(&mut next, lane, LaneState::Active)?, "lane resume", format!("backfill {lane} goes on"))
+        Ask::ResumeLane { lane, letters_ratio_max } => {
+            let mut changes = set(&mut next, lane, LaneState::Active)?;
+            let backfill = next.lanes.get_mut(lane).and_then(|lane| lane.backfill.as_mut());
+            if let Some(backfill) = backfill.filter(|_| letters_ratio_max.is_some()) {
+                changes |= backfill.letters_ratio_max != *letters_ratio_max;
+                backfill.letters_ratio_max = *letters_ratio_max;
+            }
+            (changes, "lane resume", format!("backfill {lane} goes on"))
         }
         Ask::DropLane { lane } => {
             let known = next.lanes.get(lane).is_some_and(|lane| lane.backfill.is_some());
@@ -126,6 +132,7 @@ fn register(next: &mut LedgerRecord, new: &NewLane, topics: &BTreeSet<String>) -
         state: if new.offsets() == 0 { LaneState::Done } else { LaneState::Active },
         ends,
         counts: Counts::default(),
+        letters_ratio_max: None,
     };
     next.tidy_lanes();
     next.lanes.insert(new.lane.clone(), Lane { watermark: None, topics: cursors, backfill: Some(backfill) });
@@ -337,7 +344,8 @@ fn left_standing(stop: Stop) -> Stop {
     if stop.reason != Reason::Interrupted {
         return stop;
     }
-    let way_out = "the request stands in the table, and its owner still does it; see what came of it with lane list or savepoint list";
+    let way_out = "the request stands in the table, and its owner still does it; see what came of it:\n  \
+                   tidemill lane list JOB\n  tidemill savepoint list JOB";
     Stop { way_out: way_out.to_owned(), ..stop }
 }
 
@@ -418,7 +426,7 @@ mod tests {
         for ask in [
             Ask::Backfill(new_lane("june")),
             Ask::PauseLane { lane: lane() },
-            Ask::ResumeLane { lane: lane() },
+            Ask::ResumeLane { lane: lane(), letters_ratio_max: Some(1.0) },
             Ask::DropLane { lane: lane() },
         ] {
             if !matches!(ask, Ask::Backfill(_)) {
@@ -427,6 +435,19 @@ mod tests {
             assert_eq!(grant(&record, &ask, &topics()), Ok(None), "{ask:?}");
         }
         assert_eq!(record, self::record());
+    }
+
+    #[test]
+    fn a_brake_that_is_let_go_for_a_backfill_at_work_is_heard_and_stays_as_it_is_where_nothing_is_said() {
+        let resume = |letters_ratio_max| Ask::ResumeLane { lane: "june".into(), letters_ratio_max };
+        let at_work = granted(&record(), Ask::Backfill(new_lane("june")));
+        let let_go = granted(&at_work, resume(Some(1.0)));
+        let said = |record: &LedgerRecord| record.lanes["june"].backfill.as_ref().unwrap().letters_ratio_max;
+        assert_eq!((said(&at_work), said(&let_go)), (None, Some(1.0)));
+        for ask in [resume(Some(1.0)), resume(None)] {
+            assert_eq!(grant(&let_go, &ask, &topics()), Ok(None), "{ask:?}");
+        }
+        assert_eq!(said(&granted(&let_go, resume(Some(0.1)))), Some(0.1));
     }
 
     #[test]
@@ -448,7 +469,11 @@ mod tests {
             (&one, Ask::Backfill(other_topic), "does not read topic bounced"),
             (&eight, Ask::Backfill(new_lane("may")), "8 are possible"),
             (&one, Ask::PauseLane { lane: unknown() }, "there is no backfill may"),
-            (&one, Ask::ResumeLane { lane: "live".into() }, "there is no backfill live"),
+            (
+                &one,
+                Ask::ResumeLane { lane: "live".into(), letters_ratio_max: None },
+                "there is no backfill live",
+            ),
         ] {
             let refused = grant(record, &ask, &topics()).unwrap_err();
             assert!(refused.contains(why), "{refused}");

@@ -15,9 +15,9 @@
 //! A kill leaves the cursor in the record of the last microbatch; the command given again goes on from it, over the same
 //! snapshot while that is kept. Marks that main owes are brought forward first, by whoever starts next.
 //!
-//! Bounds: 56 bytes for each waiting letter, and a probe batch of letters; a microbatch closes after `max_interval`, so that
-//! its commit renews the lease. Headers are not kept in letters, so columns that
-//! are read from one are null.
+//! Bounds: a slice of the places that wait (`stored_letters`), and a probe batch of letters; a microbatch closes after
+//! `max_interval`, so that its commit renews the lease. Headers are not kept in letters, so columns that are read from one are
+//! null.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -50,7 +50,7 @@ use crate::protocol::{self, Built, Cut, Life, Reached};
 use crate::record::{RecordChunk, RecordParts};
 use crate::sink::dead_letters::{self, LetterPlace, Slot};
 use crate::sink::scan::ScanError;
-use crate::sink::stored_letters::{self, StoredLetter, Tally, Waiting};
+use crate::sink::stored_letters::{self, Queue, StoredLetter, Tally, Waiting};
 use crate::stop::Stop;
 
 /// Most letters that are decoded together.
@@ -128,18 +128,15 @@ pub async fn show(
 pub async fn look(loaded: &LoadedJob, reason: Option<&str>) -> Result<WouldDecode, Stop> {
     let Some(table) = dead_letter_table(loaded).await? else { return Ok(WouldDecode::default()) };
     let (memory, mut decoder) = (plan_memory(loaded)?, new_decoder(&loaded.job)?);
-    let waiting =
-        stored_letters::waiting(&table, None, reason).await.map_err(|error| unread(&table, error))?;
-    let mut would = WouldDecode {
-        table: table.identifier().to_string(),
-        waiting: waiting.len() as u64,
-        ..WouldDecode::default()
-    };
+    let snapshot_id = table.metadata().current_snapshot_id();
+    let mut queue = Queue::new(&table, snapshot_id, reason, None);
+    let mut would = WouldDecode { table: table.identifier().to_string(), ..WouldDecode::default() };
     let mut slots = Slots::default();
-    let mut at = 0;
-    while let Some(places) = next_places(&waiting[at..], &memory) {
-        at += places.len();
-        let letters = stored_letters::fetch(&table, None, &places).await;
+    while queue.fill().await.map_err(|error| unread(&table, error))? {
+        let places = next_places(queue.letters(), &memory);
+        queue.take(places.len());
+        would.waiting += places.len() as u64;
+        let letters = stored_letters::fetch(&table, snapshot_id, &places).await;
         let letters = letters.map_err(|error| unread(&table, error))?;
         let chunk = slots.chunk(&letters);
         let decoded = decoder.decode(&chunk, &slots.names).map_err(unexpected_arrow)?;
@@ -172,18 +169,19 @@ pub async fn requeue(
     let (Some(_), Some(dead)) = (&prepared.record, prepared.survey.sides.get(&Role::DeadLetters)) else {
         return Ok(Requeued { table, ..Requeued::default() });
     };
-    let found = stored_letters::waiting(dead, None, reason).await.map_err(|error| unread(dead, error))?;
-    if found.is_empty() {
+    let found = Queue::new(dead, dead.metadata().current_snapshot_id(), reason, None).count().await;
+    let found = found.map_err(|error| unread(dead, error))?;
+    if found == 0 {
         return Ok(Requeued { table, ..Requeued::default() });
     }
-    confirm(&format!("decode {} dead letters of table {table} again with this job?", found.len()))?;
+    confirm(&format!("decode {found} dead letters of table {table} again with this job?"))?;
     let mut session = Session::at_rest(prepared, report).await?;
     let lane = Lane::open(&mut session, reason).await;
     let outcome = match lane {
         Ok(lane) => {
             let mut life =
                 Requeue { session: &mut session, report, lane, open: None, done: Requeued::default() };
-            life.done = Requeued { table, waiting: life.lane.waiting.len() as u64, ..Requeued::default() };
+            life.done = Requeued { table, waiting: life.lane.left, ..Requeued::default() };
             let drained = protocol::drain(&mut life).await;
             let done = std::mem::take(&mut life.done);
             drained.map(|()| done)
@@ -193,19 +191,19 @@ pub async fn requeue(
     session.owner.end(outcome).await
 }
 
-/// The next places whose letters fit into a probe batch, at least one; `None` at the end.
-fn next_places(waiting: &[Waiting], memory: &MemoryPlan) -> Option<Vec<LetterPlace>> {
+/// The next places whose letters fit into a probe batch, at least one if there is any.
+fn next_places<'w>(waiting: impl Iterator<Item = &'w Waiting>, memory: &MemoryPlan) -> Vec<LetterPlace> {
     let most = LETTERS_MAX.min(usize::try_from(memory.probe_records_max()).unwrap_or(usize::MAX)).max(1);
     let mut bytes_left = memory.probe_payload_bytes_max();
     let mut places = Vec::new();
-    for letter in waiting.iter().take(most) {
+    for letter in waiting.take(most) {
         if !places.is_empty() && letter.payload_bytes > bytes_left {
             break;
         }
         bytes_left = bytes_left.saturating_sub(letter.payload_bytes);
         places.push(letter.place);
     }
-    (!places.is_empty()).then_some(places)
+    places
 }
 
 /// Topic partitions of letters, numbered as they come. Two topics of one name with other ids are two.
@@ -251,12 +249,22 @@ fn true_place(letters: &[StoredLetter], place: Place) -> Place {
     Place { slot: place.slot, offset: letter.offset, row_index }
 }
 
+/// The place of the letter that a row came from.
+fn letter_place(letters: &[StoredLetter], place: Place) -> Place {
+    let number = usize::try_from(place.offset).expect("a number of a letter");
+    let letter = &letters[number].place;
+    Place { slot: place.slot, offset: letter.offset, row_index: letter.row_index }
+}
+
 /// What waits, and how far it was taken.
 struct Lane {
     snapshot_id: Option<i64>,
     reason: Option<String>,
-    waiting: Vec<Waiting>,
-    at: usize,
+    queue: Queue,
+    /// Letters that were not taken yet.
+    left: u64,
+    /// Place of the last one taken.
+    last: Option<LetterPlace>,
     slots: Slots,
     /// Largest event times of letters that an earlier command took.
     times: BTreeMap<(TopicId, i32), EventTimeMs>,
@@ -273,25 +281,23 @@ impl Lane {
         };
         let begun = session.owner.record.requeue.as_ref().filter(is_kept).cloned();
         let frozen = begun.as_ref().map(|lane| lane.snapshot_id).or(table.metadata().current_snapshot_id());
-        let waiting = stored_letters::waiting(&table, frozen, reason).await;
-        let mut waiting = waiting.map_err(|error| unread(&table, error))?;
-        let mut times = BTreeMap::new();
+        let (mut times, mut last) = (BTreeMap::new(), None);
         if let Some(lane) = begun {
             times.extend(lane.max_event_times.iter().map(|(id, at, time)| ((TopicId(*id), *at), *time)));
             let (topic_id, partition, offset, row_index) = lane.after;
-            let after = LetterPlace { topic_id: TopicId(topic_id), partition, offset, row_index };
-            waiting.retain(|letter| letter.place > after);
+            last = Some(LetterPlace { topic_id: TopicId(topic_id), partition, offset, row_index });
         }
-        let reason = reason.map(str::to_owned);
-        Ok(Self { snapshot_id: frozen, reason, waiting, at: 0, slots: Slots::default(), times, table })
+        let queue = || Queue::new(&table, frozen, reason, last);
+        let left = queue().count().await.map_err(|error| unread(&table, error))?;
+        let (queue, reason) = (queue(), reason.map(str::to_owned));
+        Ok(Self { snapshot_id: frozen, reason, queue, left, last, slots: Slots::default(), times, table })
     }
 
     /// What the ledger says of it; nothing once all is taken. `times` are the largest event times by slot.
     fn cursor(&self, times: &[Option<EventTimeMs>]) -> Option<RequeueLane> {
-        let last = &self.waiting[..self.at].last()?.place;
+        let last = self.last?;
         let after = (last.topic_id.0, last.partition, last.offset, last.row_index);
-        let is_done = self.at == self.waiting.len();
-        let snapshot_id = self.snapshot_id.filter(|_| !is_done)?;
+        let snapshot_id = self.snapshot_id.filter(|_| self.left > 0)?;
         let mut known = self.times.clone();
         let slots = self.slots.letters.iter().zip(times);
         known.extend(slots.filter_map(|(slot, time)| Some(((slot.topic_id, slot.partition), (*time)?))));
@@ -352,15 +358,14 @@ impl<'a> Life for Requeue<'_, 'a> {
         let Some(open) = self.open.take() else { return };
         self.done.counts.add(&cut.counts);
         self.done.batches += 1;
-        let lag = (self.lane.waiting.len() - self.lane.at) as u64;
-        let event = self.session.committed(&open, &cut, lag, sends);
+        let event = self.session.committed(&open, &cut, self.lane.left, sends);
         self.report.event(&event);
     }
 }
 
 impl Requeue<'_, '_> {
     fn has_more(&self) -> bool {
-        self.lane.at < self.lane.waiting.len()
+        self.lane.left > 0
     }
 
     /// Takes letters until the microbatch is full or its time is up, all are taken, or a signal came.
@@ -374,13 +379,16 @@ impl Requeue<'_, '_> {
             if is_over && open.counts.consumed > 0 {
                 break;
             }
-            let memory = &self.session.memory;
-            let Some(mut places) = next_places(&self.lane.waiting[self.lane.at..], memory) else { break };
+            if !self.lane.queue.fill().await.map_err(|error| unread(&self.lane.table, error))? {
+                break;
+            }
+            let mut places = next_places(self.lane.queue.letters(), &self.session.memory);
             places.truncate(usize::try_from(records_max - open.counts.consumed).unwrap_or(usize::MAX));
             let letters = stored_letters::fetch(&self.lane.table, self.lane.snapshot_id, &places).await;
             let letters = letters.map_err(|error| unread(&self.lane.table, error))?;
             self.take(open, &letters).await?;
-            self.lane.at += places.len();
+            self.lane.last = self.lane.queue.take(places.len());
+            self.lane.left -= places.len() as u64;
         }
         Ok(())
     }
@@ -392,10 +400,11 @@ impl Requeue<'_, '_> {
         let session = &mut *self.session;
         let decoded = session.decode(&chunk)?;
         let (mut decoded, judged, mut refused) = session.probe(open, &chunk, decoded).await?;
+        let dropped: Vec<Place> =
+            judged.dropped.iter().map(|&row| letter_place(letters, decoded.places[row])).collect();
         decoded.places.iter_mut().for_each(|place| *place = true_place(letters, *place));
         refused.iter_mut().for_each(|letter| letter.place = true_place(letters, letter.place));
         session.write_rows(open, &decoded, &judged).await?;
-        let dropped = judged.dropped.iter().map(|&row| decoded.places[row]);
         let still: BTreeSet<Place> = refused.iter().map(|letter| letter.place).chain(dropped).collect();
         session.write_letters(open, refused).await?;
         let slots = &self.lane.slots;
@@ -423,7 +432,7 @@ impl Requeue<'_, '_> {
         let before = |slot: &Slot| self.lane.times.get(&(slot.topic_id, slot.partition)).copied();
         max_event_times.extend(slots.letters[max_event_times.len()..].iter().map(before));
         lane.lateness = Lateness::new(&session.owner.world.loaded.job.event_time, max_event_times);
-        lane.slots.clone_from(&slots.names);
+        lane.slots = slots.names.as_slice().into();
         session.letter_slots = Some(slots.letters.clone());
     }
 
@@ -474,8 +483,8 @@ mod tests {
         let memory = MemoryPlan::divide(crate::memory::MEMORY_BYTES_MIN).unwrap();
         let most = memory.probe_payload_bytes_max();
         let all = [waiting(1, most * 2), waiting(2, most / 2), waiting(3, most / 2), waiting(4, 1)];
-        assert_eq!(next_places(&all, &memory).unwrap().len(), 1);
-        assert_eq!(next_places(&all[1..], &memory).unwrap().len(), 2);
-        assert_eq!(next_places(&all[4..], &memory), None);
+        assert_eq!(next_places(all.iter(), &memory).len(), 1);
+        assert_eq!(next_places(all[1..].iter(), &memory).len(), 2);
+        assert_eq!(next_places(all[4..].iter(), &memory), []);
     }
 }

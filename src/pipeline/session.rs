@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use iceberg::table::Table;
 
-use super::ahead::Ahead;
+use super::ahead::ReadingAhead;
 use super::backfill::lane_summary;
 use super::copies::Copier;
 use super::keys::KeyMaker;
 use super::lanes::{LaneReader, Lanes, READERS_MAX};
 use super::maintain::Which;
-use super::owner::{Owner, Prepared, prepare};
+use super::owner::{Owner, Prepared, new_decoder, prepare};
 use super::report::{Event, Report, Summary};
 use super::start::Allow;
 use super::state::{Folder, KeyState};
@@ -53,8 +53,8 @@ pub(super) struct Session<'a> {
     pub(super) maintain_from_sequence: BTreeMap<Which, u64>,
     /// What a continuous run looks at beside its records.
     pub(super) watch: Watch,
-    /// Read while the microbatch before was committed, or why it can not be decoded.
-    pub(super) ahead: Option<Result<Ahead, Stop>>,
+    /// What is read before it is asked for.
+    pub(super) ahead: ReadingAhead,
 }
 
 /// How an opening ends well.
@@ -107,6 +107,10 @@ impl<'a> Session<'a> {
         });
         let (keys, state) = open_state(&mut owner, &decoder, &memory, report).await?;
         let watch = Watch::new(connection.look_interval(), ends);
+        let ahead = match loaded.job.threads.get() {
+            1 => ReadingAhead::never(),
+            _ => ReadingAhead::with(new_decoder(&loaded.job)?, Arc::clone(&options.profile)),
+        };
         let mut session = Box::new(Self {
             owner,
             options,
@@ -122,7 +126,7 @@ impl<'a> Session<'a> {
             letter_slots: None,
             maintain_from_sequence: BTreeMap::new(),
             watch,
-            ahead: None,
+            ahead,
         });
         session.start_copier(report);
         Ok(Opened::Session(session))
@@ -134,8 +138,7 @@ impl<'a> Session<'a> {
         &mut self,
         offsets: &BTreeMap<TopicPartition, OffsetRange>,
     ) -> Result<(), Stop> {
-        // It is read again.
-        self.ahead = None;
+        self.forget_ahead();
         let record = &self.owner.record;
         let plan = |(name, range): (&TopicPartition, &OffsetRange)| {
             let cursor = record.cursor(&name.topic, name.partition);
@@ -179,7 +182,7 @@ impl<'a> Session<'a> {
             letter_slots: None,
             maintain_from_sequence: BTreeMap::new(),
             watch: Watch::new(None, BTreeMap::new()),
-            ahead: None,
+            ahead: ReadingAhead::never(),
         })
     }
 

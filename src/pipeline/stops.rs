@@ -50,18 +50,26 @@ fn says_topic(error: &SourceError) -> bool {
     matches!(error, SourceError::NotAuthorized { needed, .. } if *needed == ACLS_NEEDED)
 }
 
-/// Kafka, in the middle of a batch.
+/// Kafka, in the middle of a batch that is dropped.
 pub fn reading(error: SourceError) -> Stop {
+    in_a_batch(error, "the open batch was dropped, everything before it is committed")
+}
+
+/// Kafka, in the middle of a batch that was closed with what was read before.
+pub fn after_reading(error: SourceError) -> Stop {
+    in_a_batch(error, "everything before is committed")
+}
+
+fn in_a_batch(error: SourceError, outcome: &str) -> Stop {
     let damaged = matches!(error, SourceError::Damaged { .. });
     let stop = source(error);
-    let dropped = "the open batch was dropped, everything before it is committed";
     let way_out = match damaged {
         true => format!(
-            "{dropped}; repair or delete the damaged records on the broker, then:\n  tidemill run JOB"
+            "{outcome}; repair or delete the damaged records on the broker, then:\n  tidemill run JOB"
         ),
         false => ["nothing was read or written", "nothing was written", "everything before is committed"]
             .iter()
-            .fold(stop.way_out, |text, untrue| text.replace(untrue, dropped)),
+            .fold(stop.way_out, |text, untrue| text.replace(untrue, outcome)),
     };
     Stop { way_out, ..stop }
 }
@@ -82,6 +90,17 @@ pub fn requeue_interrupted() -> Stop {
         "interrupted by a signal",
         "letters that were decoded again are committed and marked; to go on with the others:\n  tidemill dead-letters \
          requeue JOB",
+    )
+}
+
+/// A signal asked a side table's rows not to be read again.
+pub fn reread_interrupted(job_shown: &str) -> Stop {
+    Stop::new(
+        Reason::Interrupted,
+        "interrupted by a signal",
+        format!(
+            "nothing was changed; to read them again from the begin:\n  tidemill side reread {job_shown}"
+        ),
     )
 }
 
@@ -146,6 +165,11 @@ pub fn state(folder: &Path, error: StoreError) -> Stop {
             Reason::StorageFailed,
             format!("check the disk of the state folder and its permissions; {RUN_AGAIN}"),
         )
+    } else if matches!(error, StoreError::TooManyBuckets { .. }) {
+        let way_out = "nothing was written; widen dedup.window, whose buckets are then wider, or, where all rows of a table \
+                       are read for a lost ledger, leave those before its window out:\n  \
+                       tidemill state adopt JOB --after-last-row";
+        (Reason::Usage, way_out.to_owned())
     } else {
         (Reason::Unexpected, format!("please report this; {RUN_AGAIN}"))
     };

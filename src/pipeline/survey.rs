@@ -24,6 +24,7 @@ use crate::mutant;
 use crate::offset::{NextOffset, TopicId, TopicPartition};
 use crate::protocol;
 use crate::protocol::start::SideFacts;
+use crate::sink::scan::{self, rows_of};
 use crate::sink::schema::{self, Comparison};
 use crate::source::{ClusterFacts, Connection, OffsetRange};
 use crate::stop::{Reason, Stop};
@@ -191,22 +192,41 @@ impl Survey {
 impl Survey {
     /// Where a job whose ledger is lost begins once more: no later than it began at first, as far as the broker still has it.
     ///
+    /// What a start means now may lie after that: a time that no record had reached then, an offset of a topic that was made
+    /// again since. So it begins no later than the first row of a topic partition either, and where there is none, or rows
+    /// of offsets that its log does not reach, at its earliest offset: those are of a topic before it. A log that has
+    /// outgrown such rows can not be told from theirs.
+    ///
     /// # Errors
     /// The broker does not answer.
-    pub fn starts_again(&self, job: &Job) -> Result<BTreeMap<TopicPartition, NextOffset>, Stop> {
-        let named = match &job.source.start {
-            StartPosition::Timestamp(_) => return self.starts(job, None),
-            StartPosition::Offsets(named) => Some(named),
+    pub fn starts_again(
+        &self,
+        job: &Job,
+        rows: &BTreeMap<TopicPartition, scan::Span>,
+    ) -> Result<BTreeMap<TopicPartition, NextOffset>, Stop> {
+        let means_now = match &job.source.start {
+            StartPosition::Timestamp(_) => self.starts(job, None)?,
+            StartPosition::Offsets(named) => {
+                let at = |name: &TopicPartition| named.get(&name.topic)?.get(&name.partition).copied();
+                let named = self.offsets.keys().filter_map(|name| Some((name.clone(), at(name)?)));
+                named.map(|(name, offset)| (name, NextOffset::at(offset))).collect()
+            }
             // What was the end at the first start is known to nobody any more.
-            StartPosition::Earliest | StartPosition::Latest => None,
+            StartPosition::Earliest | StartPosition::Latest => BTreeMap::new(),
         };
         let start = |(name, range): (&TopicPartition, &OffsetRange)| {
-            let named = named.and_then(|named| named.get(&name.topic)?.get(&name.partition));
-            let named = named.map_or(range.low, |offset| NextOffset::at(*offset));
-            (name.clone(), named.clamp(range.low, range.end))
+            (name.clone(), start_again(*range, means_now.get(name).copied(), rows.get(name).copied()))
         };
         Ok(self.offsets.iter().map(start).collect())
     }
+}
+
+/// See [`Survey::starts_again`].
+fn start_again(range: OffsetRange, means_now: Option<NextOffset>, rows: Option<scan::Span>) -> NextOffset {
+    let is_of_log = |span: &scan::Span| span.offset_max < range.end.get();
+    let first = means_now.zip(rows.filter(is_of_log));
+    let first = first.map(|(now, span)| now.min(NextOffset::at(span.offset_min)));
+    first.unwrap_or(range.low).clamp(range.low, range.end)
 }
 
 fn ledger_of(main: Option<&Table>, ident: &TableIdent) -> Result<Found, Stop> {
@@ -261,13 +281,6 @@ pub fn compare_side(table: &Table, role: Role, job: &Job) -> Result<Comparison, 
     .map_err(stops::schema)
 }
 
-/// Rows in a table's current snapshot, as its summary says; a table without that figure counts as having rows.
-pub fn rows_of(table: &Table) -> u64 {
-    let Some(snapshot) = table.metadata().current_snapshot() else { return 0 };
-    let total = snapshot.summary().additional_properties.get("total-records");
-    total.and_then(|rows| rows.parse().ok()).unwrap_or(u64::MAX)
-}
-
 /// Refuses a table that the job can not write to.
 ///
 /// # Errors
@@ -308,4 +321,30 @@ pub fn has_local_generations(job: &Job) -> Result<bool, Stop> {
     let folder = state_folder(job);
     let generations = dedup::list_generations(&folder, None).map_err(|error| stops::state(&folder, error))?;
     Ok(!generations.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event_time::EventTimeMs;
+
+    #[test]
+    fn a_lost_ledger_begins_no_later_than_rows_of_the_log_and_at_its_low_where_rows_are_of_another() {
+        let begins = |(low, end), now: Option<i64>, rows: Option<(i64, i64)>| {
+            let span = |(offset_min, offset_max)| scan::Span {
+                offset_min,
+                offset_max,
+                event_time_max: EventTimeMs(0),
+            };
+            let range = OffsetRange { low: NextOffset::at(low), end: NextOffset::at(end) };
+            start_again(range, now.map(NextOffset::at), rows.map(span)).get()
+        };
+        assert_eq!(begins((0, 200), Some(42), Some((42, 100))), 42);
+        assert_eq!(begins((0, 200), Some(42), Some((10, 100))), 10);
+        assert_eq!(begins((50, 200), Some(42), Some((42, 100))), 50);
+        assert_eq!(begins((0, 101), Some(42), Some((42, 100))), 42, "the last row is the log's last record");
+        assert_eq!(begins((0, 61), Some(42), Some((42, 100))), 0, "the topic was made again, and is shorter");
+        assert_eq!(begins((0, 200), Some(42), None), 0);
+        assert_eq!(begins((7, 200), None, Some((42, 100))), 7);
+    }
 }

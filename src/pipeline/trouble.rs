@@ -4,12 +4,16 @@
 //! |---|---|---|
 //! | live of a run without end | is waited for (`watch`) | the run stops |
 //! | live of a drain, or the backfill that it was begun for | what was read is committed, then the run stops | the run stops, the backfill is paused |
-//! | another backfill | what was read is committed, then it rests | the open batch is dropped and it is paused |
+//! | another backfill | what was read is committed, then it rests | it is paused |
+//!
+//! Where the next records are gone or damaged, those before them are not in doubt and may be had only once: they are
+//! committed first. Otherwise the open batch of a lane that can not be read on is dropped.
 //!
 //! So no trouble of a backfill ends or starves the live lane. One that rests is tried again after [`REST`] where the run has
 //! no end, else by the next run.
 //!
-//! Bounds: live waits for a silent backfill no longer than [`BACKFILL_STALL_AFTER`] in each [`REST`].
+//! Bounds: live waits for a silent backfill no longer than [`BACKFILL_STALL_AFTER`] in each [`REST`]; where a broker of its
+//! topic partitions is away, as long as the question for their offsets may take.
 
 use std::time::{Duration, Instant};
 
@@ -71,12 +75,34 @@ impl Session<'_> {
             Patience::Stop => self.lanes.ends_with = Some(stops::source(error)),
             Patience::Rest => {
                 self.rest(&lane, &error, report);
-                // A client that a broker answers and that gets nothing all the same is replaced.
-                let is_stalled = matches!(error, SourceError::Stalled { .. });
-                self.lanes.served_mut().reader.be_patient(is_stalled).map_err(stops::source)?;
+                // A drain lets the reader go after this microbatch.
+                if self.options.continuous {
+                    self.be_patient(&error)?;
+                }
             }
         }
         Ok(true)
+    }
+
+    /// The served lane can not be read on. True where its microbatch is to be closed with what was read before: the broker may
+    /// not give that a second time. `waits` = something was read for it that was not taken yet.
+    pub(super) fn is_cut_off(&mut self, open: &Open, waits: bool, error: SourceError) -> Result<bool, Stop> {
+        if !error.spares_what_was_read() || (open.counts.consumed == 0 && !waits) {
+            return Err(self.unread(error));
+        }
+        let served = self.lanes.served();
+        if served.is_live() {
+            self.lanes.ends_with = Some(stops::after_reading(error));
+        } else {
+            self.lanes.to_pause = Some((served.lane.clone(), self.backfill_unread(&served.lane, error)));
+        }
+        Ok(true)
+    }
+
+    /// Begins to measure silence anew. A client that a broker answers and that gets nothing all the same is replaced.
+    pub(super) fn be_patient(&mut self, error: &SourceError) -> Result<(), Stop> {
+        let is_stalled = matches!(error, SourceError::Stalled { .. });
+        self.lanes.served_mut().be_patient(is_stalled).map_err(stops::source)
     }
 
     /// Leaves a backfill alone for a while, and says so when that begins.

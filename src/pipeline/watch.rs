@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use super::report::{Event, Report};
 use super::session::Session;
-use super::stops;
 use crate::commit::ledger::LedgerRecord;
 use crate::offset::{NextOffset, TopicPartition};
 use crate::source::{ClusterFacts, Connection, OffsetRange, SourceError};
@@ -236,7 +235,6 @@ impl Session<'_> {
             _ => "broker".to_owned(),
         };
         self.watch.outage.begins(Reason::SourceAway, &cause, error.to_string(), report);
-        let is_stalled = matches!(error, SourceError::Stalled { .. });
-        self.lanes.served_mut().reader.be_patient(is_stalled).map_err(stops::source)
+        self.be_patient(error)
     }
 }

@@ -10,6 +10,7 @@ use iceberg::{Catalog, TableIdent};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::profile::Stage;
 use super::survey::{self, Survey};
 use super::{RunOptions, stops};
 use crate::catalog;
@@ -122,6 +123,8 @@ pub(super) struct AdoptedLedger {
     pub(super) dedup: DedupRecord,
     /// The table of erased keys, if it stands there.
     pub(super) suppressed: Option<Suppressed>,
+    /// Rows of others, where they count as seen.
+    pub(super) others: Option<Others>,
     /// Cursor of each topic partition that has a row.
     pub(super) cursors: BTreeMap<TopicPartition, Cursor>,
 }
@@ -177,6 +180,15 @@ fn terms(loaded: &LoadedJob, options: &RunOptions, survey: &Survey) -> Terms {
     }
 }
 
+/// The stage that begins where the protocol reaches this.
+fn stage_after(phase: &str) -> Option<Stage> {
+    match phase {
+        "data_files_closed" | "published" => Some(Stage::State),
+        "state_prepared" => Some(Stage::Commit),
+        _ => None,
+    }
+}
+
 impl World for Outside<'_> {
     type Tables = CatalogTables;
 
@@ -189,6 +201,9 @@ impl World for Outside<'_> {
     }
 
     fn reach(&self, phase: &'static str) {
+        if let Some(stage) = stage_after(phase) {
+            self.options.profile.turn_to(stage);
+        }
         self.options.phases.reach(phase);
     }
 
@@ -273,6 +288,7 @@ impl World for Outside<'_> {
                 first.batch_generation.clone_from(&known.batch_generation);
                 first.dedup.clone_from(&known.dedup);
                 first.suppressed.clone_from(&known.suppressed);
+                first.others.clone_from(&known.others);
                 let lane = first.lanes.entry(LIVE_LANE.to_owned()).or_default();
                 for (name, cursor) in &known.cursors {
                     lane.topics.entry(name.topic.clone()).or_default().insert(name.partition, *cursor);

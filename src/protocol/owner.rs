@@ -6,6 +6,7 @@
 //! leaves a ledger that names the owner before, whom the lock file knows too.
 
 mod head;
+mod lost;
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,6 +18,8 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use head::{Expected, head_carries, kin};
+use lost::Owed;
+pub(crate) use lost::{LostSide, find as lost_sides};
 
 use super::side;
 use super::start::{self, Allow, Facts, LeaseVerdict, Start};
@@ -84,7 +87,9 @@ pub(crate) async fn admit<W: World>(
         if !allow.trust_ledger {
             refuse_cut_off(world, facts.found, main).await?;
         }
-        refuse_lost_list(facts, record)?;
+        if !allow.loss {
+            refuse_lost_list(facts, record)?;
+        }
     }
     Ok(record)
 }
@@ -174,8 +179,9 @@ fn refuse_lost_list(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop
             format!("the list of files that side table {} is owed is gone with table property tidemill.ledger", side.table),
             format!(
                 "nothing was read or written; put that property of table {} back from an earlier metadata file, then:\n  \
-                 tidemill run {}",
-                facts.table, facts.job_shown
+                 tidemill run {}\nor go on without these files, with the loss written into the ledger:\n  tidemill \
+                 accept-loss {}",
+                facts.table, facts.job_shown, facts.job_shown
             ),
         ))
     })
@@ -224,6 +230,8 @@ pub(crate) struct Fence<Table> {
     pub(crate) topic_ids: BTreeMap<String, Option<TopicId>>,
     /// Where a first run begins.
     pub(crate) starts: BTreeMap<TopicPartition, NextOffset>,
+    /// A command is at work that sees to files that side tables are owed and that are gone: they are no reason to stop.
+    pub(crate) bears_lost_files: bool,
 }
 
 /// Who may commit, and the record that the next commit builds on.
@@ -250,7 +258,8 @@ impl<W: World> Owner<W> {
         let judged = marks::<W>(world.terms(), &fence.heads.1)?;
         let (main, sides) = world.ensure_tables(std::mem::take(&mut fence.heads)).await?;
         let id = world.tables().new_id();
-        let Fence { record, topic_ids, .. } = &fence;
+        let Fence { record, topic_ids, bears_lost_files, .. } = &fence;
+        let bears_lost_files = *bears_lost_files;
         let fenced = match record {
             Some(record) => {
                 let batch = mutant!("fence-counts-a-batch", record.batch + 1 => record.batch);
@@ -276,7 +285,7 @@ impl<W: World> Owner<W> {
         mutant!("no-fence", 0 => owner.commit(fence, Vec::new()).await?);
         owner.world.reach("fenced");
         owner.learn_topics(topic_ids);
-        if let Err(stop) = owner.settle(&judged).await {
+        if let Err(stop) = owner.settle(&judged, bears_lost_files).await {
             owner.release_after(&stop).await;
             return Err(stop);
         }
@@ -284,14 +293,17 @@ impl<W: World> Owner<W> {
     }
 
     /// What an owner sees to before it reads: side tables, new columns.
-    async fn settle(&mut self, judged: &Marks) -> Result<(), Stop> {
+    async fn settle(&mut self, judged: &Marks, bears_lost_files: bool) -> Result<(), Stop> {
         // They were loaded before the fence, and the owner before may have written since.
         for role in self.roles() {
             self.reload_side(role).await?;
         }
         self.claim_sides(judged).await?;
         self.set_sides_back().await?;
-        mutant!("start-forgets-debt", () => self.forward_sides().await?);
+        match mutant!("start-forgets-debt", Ok(()) => self.forward_sides().await) {
+            Err(stop) if bears_lost_files && stop.reason == Reason::SideFilesLost => {}
+            forwarded => forwarded?,
+        }
         // A table that was made anew meanwhile is not the one that got its columns.
         if let Some(main) = self.world.add_columns(None, &self.main).await? {
             same_table(&self.world.terms().main, self.main_metadata(), W::Tables::metadata(&main))?;
@@ -437,7 +449,7 @@ impl<W: World> Owner<W> {
             ids: mutant!("schema-not-asserted", None => ids),
             // Only the fence of a replay goes onto a table that was rolled back.
             replays: !self.owned && self.record.sides_back_to.is_some(),
-            kin: kin(metadata, self.record.attempt, !self.owned),
+            kin: kin(metadata, self.record.attempt, mutant!("reload-ends-the-look", true => !self.owned)),
             looked_at: None,
         };
         let request = Request {
@@ -555,7 +567,8 @@ impl<W: World> Owner<W> {
     ) -> Result<(), Stop> {
         let (tables, ident) = (self.world.tables(), self.side_ident(role));
         let uuid = W::Tables::metadata(self.side(role)).uuid();
-        let mark = SideMark { epoch: self.record.epoch, ..found.clone() };
+        let epoch = mutant!("upkeep-copies-mark", found.epoch => self.record.epoch);
+        let mark = SideMark { epoch, ..found.clone() };
         if let Err(error) = side::keep_up(tables, ident, uuid, &mark, found, upkeep).await {
             return Err(self.side_failed(error).await);
         }
@@ -600,16 +613,7 @@ impl<W: World> Owner<W> {
 
     /// The mark of a side table when it follows the last record.
     fn mark(&self, role: Role) -> SideMark {
-        SideMark {
-            format: side_mark::FORMAT_VERSION,
-            job_id: self.record.job_id,
-            job_name: self.record.job_name.clone(),
-            main: self.world.terms().main.to_string(),
-            role: role.name().to_owned(),
-            epoch: self.record.epoch,
-            batch: mutant!("side-mark-lags", self.record.batch.saturating_sub(1) => self.record.batch),
-            generation: self.record.batch_generation().map(str::to_owned),
-        }
+        mark_of(&self.record, &self.world.terms().main, role)
     }
 
     /// Marks side tables that do not follow this ledger yet, so that no other takes them. The start table has let only
@@ -680,40 +684,13 @@ impl<W: World> Owner<W> {
     async fn forward_side(&self, role: Role, owed: &SideRecord) -> Result<(), Stop> {
         let (tables, ident) = (self.world.tables(), self.side_ident(role));
         let mark = self.mark(role);
-        let lost = |what: String| {
-            Stop::new(
-                Reason::SideFilesLost,
-                what,
-                "main is committed and whole; writing the batch's side rows again (side reread) is not built yet: restore \
-                 the files, then run again",
-            )
-        };
         let table = load(tables, ident).await?;
-        let found = side_mark::inspect(W::Tables::metadata(&table));
-        if found.ok().flatten().is_some_and(|now| now.job_id == mark.job_id && now.batch >= mark.batch) {
-            // Landed before; asking again only settles marks that are ahead or of another job.
-            let done = side::bring_forward(tables, ident, owed.uuid, &mark, Vec::new()).await;
-            return match done {
-                Ok(()) => Ok(()),
-                Err(error) => Err(self.side_failed(error).await),
-            };
-        }
-        let Some(values) = &owed.files else {
-            return Err(lost(format!("the list of files that side table {} is owed is gone", owed.table)));
+        let files = match lost::look(&self.world, role, &table, owed, &mark).await? {
+            // Asking again only settles marks that are ahead or of another job.
+            Owed::Landed => Vec::new(),
+            Owed::Whole(files) => files,
+            Owed::Lost(lost) => return Err(lost.stop(&self.world.terms().job_shown)),
         };
-        let files = self.world.files_of_ledger(values, &table).map_err(|error| {
-            lost(format!("the list of files that side table {} is owed can not be read", owed.table))
-                .because(error)
-        })?;
-        let damaged = self.world.damaged(&table, &files).await?;
-        crate::crash_point!("side_files_looked_up");
-        if let Some(path) = mutant!("lost-side-files-passed-over", None => damaged.first()) {
-            let count = damaged.len();
-            return Err(lost(format!(
-                "{count} files that side table {} is owed are gone, first {path}",
-                owed.table
-            )));
-        }
         match side::bring_forward(tables, ident, owed.uuid, &mark, files).await {
             Ok(()) => Ok(()),
             Err(error) => Err(self.side_failed(error).await),
@@ -846,6 +823,20 @@ fn first_record<W: World>(
     };
     world.inherit(&mut first);
     Ok(first)
+}
+
+/// The mark of a side table when it follows a record of main.
+fn mark_of(record: &LedgerRecord, main: &TableIdent, role: Role) -> SideMark {
+    SideMark {
+        format: side_mark::FORMAT_VERSION,
+        job_id: record.job_id,
+        job_name: record.job_name.clone(),
+        main: main.to_string(),
+        role: role.name().to_owned(),
+        epoch: record.epoch,
+        batch: mutant!("side-mark-lags", record.batch.saturating_sub(1) => record.batch),
+        generation: record.batch_generation().map(str::to_owned),
+    }
 }
 
 /// What the ledger says of a side table when it is owed `files`.

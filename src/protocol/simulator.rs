@@ -36,7 +36,7 @@ const SEEDS: u64 = 20_000;
 /// From so many seeds on everything in [`MUST_HAPPEN`] has to have happened.
 const SEEDS_THAT_TELL: u64 = 5_000;
 /// Faults, foreign hands, stops and outcomes without which an oracle would have slept.
-const MUST_HAPPEN: [&str; 69] = [
+const MUST_HAPPEN: [&str; 72] = [
     "BUSY",
     "CATALOG_AWAY",
     "CLUSTER_CHANGED",
@@ -60,6 +60,8 @@ const MUST_HAPPEN: [&str; 69] = [
     "answer: garbage",
     "answer: reply lost",
     "answer: throttle",
+    "backfill dropped",
+    "backfill registered",
     "batch landed after it was sent again",
     "catalog away at reload",
     "catalog away at start",
@@ -83,6 +85,7 @@ const MUST_HAPPEN: [&str; 69] = [
     "ledger begun beside rows of others",
     "ledger property removed",
     "log truncated",
+    "lost letters given up",
     "main maintained by its owner",
     "nothing to do",
     "offsets moved by a command",

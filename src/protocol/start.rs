@@ -82,7 +82,7 @@ pub struct Allow {
     pub ignore_rows: bool,
     /// `rebase-offsets` is at work: cluster and topics may differ.
     pub rebase: bool,
-    /// `accept-loss` is at work: offsets may be out of range.
+    /// `accept-loss` or `side reread` is at work: offsets may be out of range, and files that a side table is owed gone.
     pub loss: bool,
     /// `state adopt-rows` is at work: rows of a table without ledger come to count as seen.
     pub adopt_rows: bool,

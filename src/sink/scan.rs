@@ -291,31 +291,55 @@ pub async fn batch_max(table: &Table) -> Result<u64, ScanError> {
 pub struct Reach {
     /// Rows.
     pub rows: u64,
+    /// Rows without a batch: others wrote them.
+    pub rows_of_others: u64,
     /// Largest batch.
     pub batch_max: u64,
-    /// Of each topic partition, largest offset and largest event time.
-    pub places: BTreeMap<TopicPartition, (i64, EventTimeMs)>,
+    /// By topic partition.
+    pub places: BTreeMap<TopicPartition, Span>,
+}
+
+/// What the rows of one topic partition span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// Least offset.
+    pub offset_min: i64,
+    /// Largest offset.
+    pub offset_max: i64,
+    /// Largest event time.
+    pub event_time_max: EventTimeMs,
+}
+
+impl Span {
+    fn with(self, other: Self) -> Self {
+        Self {
+            offset_min: self.offset_min.min(other.offset_min),
+            offset_max: self.offset_max.max(other.offset_max),
+            event_time_max: self.event_time_max.max(other.event_time_max),
+        }
+    }
 }
 
 impl Reach {
     /// Adds the reach of another table's rows.
     pub fn add(&mut self, other: Self) {
         self.rows += other.rows;
+        self.rows_of_others = self.rows_of_others.saturating_add(other.rows_of_others);
         self.batch_max = self.batch_max.max(other.batch_max);
-        for (name, (offset, time)) in other.places {
-            let known = self.places.entry(name).or_insert((offset, time));
-            *known = (known.0.max(offset), known.1.max(time));
+        for (name, span) in other.places {
+            self.places.entry(name).and_modify(|known| *known = known.with(span)).or_insert(span);
         }
     }
 }
 
-/// Reads how far the rows reach that carry a batch. Rows without one, or without a place or time, are passed over.
+/// Reads how far the rows reach that carry a batch. Rows without one are counted; those without a place or time are passed
+/// over.
 ///
 /// # Errors
 /// [`ScanError`] when the table can not be read.
 pub async fn reach(table: &Table, event_time_column: &str) -> Result<Reach, ScanError> {
     if !names_batches(table, None) {
-        return Ok(Reach::default());
+        return Ok(Reach { rows_of_others: rows_of(table), ..Reach::default() });
     }
     let names = [BATCH_COLUMN, "_kafka_topic", "_kafka_partition", "_kafka_offset", event_time_column];
     let mut rows = scan(table, None, &names.map(str::to_owned), None).await?;
@@ -332,15 +356,19 @@ pub async fn reach(table: &Table, event_time_column: &str) -> Result<Reach, Scan
         let times =
             batch.column(4).as_primitive_opt::<TimestampMicrosecondType>().ok_or_else(|| wrong(names[4]))?;
         for row in 0..batch.num_rows() {
+            if numbers.is_null(row) || numbers.value(row) <= 0 {
+                reach.rows_of_others += 1;
+                continue;
+            }
             if batch.columns().iter().any(|column| column.is_null(row)) {
                 continue;
             }
             reach.rows += 1;
             reach.batch_max = reach.batch_max.max(u64::try_from(numbers.value(row)).unwrap_or(0));
             let name = TopicPartition::new(topics.value(row), partitions.value(row));
-            let time = EventTimeMs::from_micros(times.value(row));
-            let known = reach.places.entry(name).or_insert((offsets.value(row), time));
-            *known = (known.0.max(offsets.value(row)), known.1.max(time));
+            let (offset, event_time_max) = (offsets.value(row), EventTimeMs::from_micros(times.value(row)));
+            let span = Span { offset_min: offset, offset_max: offset, event_time_max };
+            reach.places.entry(name).and_modify(|known| *known = known.with(span)).or_insert(span);
         }
     }
     Ok(reach)
@@ -363,6 +391,13 @@ pub async fn has_batch(table: &Table, batch: u64) -> Result<bool, ScanError> {
         }
     }
     Ok(false)
+}
+
+/// Rows in a table's current snapshot, as its summary says; a table without that figure counts as having rows.
+pub fn rows_of(table: &Table) -> u64 {
+    let Some(snapshot) = table.metadata().current_snapshot() else { return 0 };
+    let total = snapshot.summary().additional_properties.get("total-records");
+    total.and_then(|rows| rows.parse().ok()).unwrap_or(u64::MAX)
 }
 
 /// Whether rows of a snapshot, or of the current one, may carry a batch: none do in a table of another tool, to which the

@@ -238,7 +238,7 @@ pub fn partition_spec(
         let added = spec.add_partition_fields([UnboundPartitionField {
             source_id,
             field_id: Some(field_id),
-            name: partition_field_name(field),
+            name: field.name(),
             transform: field.transform,
         }]);
         spec = added.map_err(|error| invalid(what(), error))?;
@@ -272,20 +272,6 @@ fn refuse_unwritable_values(partition_by: &[PartitionField], schema: &Schema) ->
         }
     }
     Ok(())
-}
-
-fn partition_field_name(field: &PartitionField) -> String {
-    let suffix = match field.transform {
-        Transform::Year => "_year",
-        Transform::Month => "_month",
-        Transform::Day => "_day",
-        Transform::Hour => "_hour",
-        Transform::Bucket(_) => "_bucket",
-        Transform::Truncate(_) => "_trunc",
-        Transform::Void => "_null",
-        Transform::Identity | Transform::Unknown => "",
-    };
-    format!("{}{suffix}", field.column)
 }
 
 /// A partition field as the job file writes it.

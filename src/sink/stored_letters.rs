@@ -2,10 +2,14 @@
 //!
 //! A letter that was decoded again is marked by a second row of its place, `kind` = [`KIND_REQUEUED`]; the first one stays.
 //!
-//! Bounds: [`Tally`] holds a line per reason and the places of marks; [`waiting`] holds 56 bytes per letter; [`fetch`] and
-//! [`find`] hold the letters that they are asked for, and no other's bytes.
+//! Letters are told from those that are marked a slice of places at a time: the least `PLACES_MAX` behind the slice before,
+//! found by a scan of the table's places each. So a table of few letters is scanned once, and one of many is not held.
+//!
+//! Bounds: [`tally`] and [`Queue`] hold `PLACES_MAX` places, about 100 bytes each, and a line per reason and topic;
+//! [`fetch`] and [`find`] hold the letters that they are asked for, and no other's bytes.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{Int32Type, Int64Type, TimestampMicrosecondType};
@@ -24,6 +28,9 @@ use crate::offset::TopicId;
 pub const KIND_REQUEUED: &str = "requeued";
 /// Reasons whose letters have no bytes to decode: the payload was null, or too long to be kept.
 pub const WITHOUT_BYTES: [&str; 2] = ["tombstone", "record_too_large"];
+
+/// Most places that are held at once.
+const PLACES_MAX: usize = 1 << 18;
 
 /// Columns that say where a letter stands and why, in the order of [`Head`].
 const HEAD_COLUMNS: [&str; 8] =
@@ -139,70 +146,215 @@ async fn heads(
     Ok(())
 }
 
+/// Texts that many rows share, by number.
+#[derive(Debug, Default)]
+struct Names {
+    numbers: BTreeMap<String, u32>,
+    texts: Vec<String>,
+}
+
+impl Names {
+    fn number(&mut self, text: String) -> u32 {
+        let next = u32::try_from(self.texts.len()).expect("fewer than 2^32 reasons and topics");
+        match self.numbers.entry(text) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(free) => {
+                self.texts.push(free.key().clone());
+                *free.insert(next)
+            }
+        }
+    }
+
+    fn text(&self, number: u32) -> &str {
+        &self.texts[number as usize]
+    }
+}
+
+/// What stands at a place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Standing {
+    letter: Option<Letter>,
+    is_marked: bool,
+}
+
+/// A letter, with the numbers of its reason and its topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Letter {
+    reason: u32,
+    topic: u32,
+    payload_bytes: u64,
+}
+
+/// The least places behind another one, at most so many, and what stands at each once every row was taken.
+#[derive(Debug)]
+struct Slice {
+    after: Option<LetterPlace>,
+    most: usize,
+    /// The least place that was let go: from it on the slice knows nothing.
+    end: Option<LetterPlace>,
+    places: BTreeMap<LetterPlace, Standing>,
+}
+
+impl Slice {
+    fn behind(after: Option<LetterPlace>, most: usize) -> Self {
+        Self { after, most, end: None, places: BTreeMap::new() }
+    }
+
+    fn take(&mut self, names: &mut Names, head: Head) {
+        let Head { topic, place, is_mark, reason, payload_bytes } = head;
+        if self.after.is_some_and(|after| place <= after) || self.end.is_some_and(|end| place >= end) {
+            return;
+        }
+        let standing = self.places.entry(place).or_default();
+        if is_mark {
+            standing.is_marked = true;
+        } else {
+            let letter = Letter { reason: names.number(reason), topic: names.number(topic), payload_bytes };
+            // Whichever of two rows of other writers comes first, it is the same one.
+            standing.letter = Some(standing.letter.map_or(letter, |known| known.min(letter)));
+        }
+        if self.places.len() > self.most {
+            self.end = self.places.pop_last().map(|(place, _)| place);
+        }
+    }
+
+    /// The last place of it; `None` if no place follows it.
+    fn last(&self) -> Option<LetterPlace> {
+        self.end.and(self.places.last_key_value().map(|(place, _)| *place))
+    }
+}
+
+async fn slice(
+    table: &Table,
+    snapshot_id: Option<i64>,
+    after: Option<LetterPlace>,
+    names: &mut Names,
+) -> Result<Slice, ScanError> {
+    let mut slice = Slice::behind(after, PLACES_MAX);
+    heads(table, snapshot_id, None, &mut |head| slice.take(names, head)).await?;
+    Ok(slice)
+}
+
+/// Letters of one reason, as they are counted.
+#[derive(Debug)]
+struct OfReason {
+    waiting: u64,
+    requeued: u64,
+    /// First and last place, and its topic.
+    first: (LetterPlace, u32),
+    last: (LetterPlace, u32),
+}
+
 /// How many letters stand in the current snapshot, by reason, the most frequent first.
 ///
 /// # Errors
 /// [`ScanError`] when the table can not be read.
 pub async fn tally(table: &Table) -> Result<Vec<Tally>, ScanError> {
-    let mut marks = HashSet::new();
-    heads(table, None, None, &mut |head| _ = head.is_mark.then(|| marks.insert(head.place))).await?;
-    // Waiting, requeued, and the first and last place with its topic.
-    type OfReason = (u64, u64, [(LetterPlace, String); 2]);
-    let mut reasons: BTreeMap<String, OfReason> = BTreeMap::new();
-    heads(table, None, None, &mut |head| {
-        if head.is_mark {
-            return;
+    let snapshot_id = table.metadata().current_snapshot_id();
+    let (mut names, mut reasons) = (Names::default(), BTreeMap::<u32, OfReason>::new());
+    let mut after = None;
+    loop {
+        let slice = slice(table, snapshot_id, after, &mut names).await?;
+        for (place, standing) in &slice.places {
+            let Some(letter) = standing.letter else { continue };
+            let at = (*place, letter.topic);
+            let none = || OfReason { waiting: 0, requeued: 0, first: at, last: at };
+            let known = reasons.entry(letter.reason).or_insert_with(none);
+            *(if standing.is_marked { &mut known.requeued } else { &mut known.waiting }) += 1;
+            known.last = at;
         }
-        let at = (head.place, head.topic);
-        let (waiting, requeued, [first, last]) =
-            reasons.entry(head.reason).or_insert_with(|| (0, 0, [at.clone(), at.clone()]));
-        *(if marks.contains(&at.0) { requeued } else { waiting }) += 1;
-        if at.0 < first.0 {
-            first.clone_from(&at);
+        after = slice.last();
+        if after.is_none() {
+            break;
         }
-        if at.0 > last.0 {
-            *last = at;
-        }
-    })
-    .await?;
+    }
+    let in_words = |(place, topic): (LetterPlace, u32)| place_in_words(names.text(topic), &place);
     let mut tallies: Vec<Tally> = reasons
         .into_iter()
-        .map(|(reason, (waiting, requeued, [first, last]))| Tally {
-            reason,
-            waiting,
-            requeued,
-            first: place_in_words(&first.1, &first.0),
-            last: place_in_words(&last.1, &last.0),
+        .map(|(reason, known)| Tally {
+            reason: names.text(reason).to_owned(),
+            waiting: known.waiting,
+            requeued: known.requeued,
+            first: in_words(known.first),
+            last: in_words(known.last),
         })
         .collect();
-    tallies.sort_by_key(|tally| std::cmp::Reverse(tally.waiting + tally.requeued));
+    tallies.sort_by_key(|tally| (std::cmp::Reverse(tally.waiting + tally.requeued), tally.reason.clone()));
     Ok(tallies)
 }
 
-/// Letters of a snapshot that have bytes and no mark, with this reason or any, in the order of their places.
-///
-/// # Errors
-/// [`ScanError`] when the table can not be read.
-pub async fn waiting(
-    table: &Table,
+/// Letters of one frozen snapshot that have bytes and no mark, with one reason or any, in the order of their places.
+#[derive(Debug)]
+pub struct Queue {
+    table: Table,
     snapshot_id: Option<i64>,
-    reason: Option<&str>,
-) -> Result<Vec<Waiting>, ScanError> {
-    let (mut marks, mut letters) = (HashSet::new(), Vec::new());
-    heads(table, snapshot_id, None, &mut |head| {
-        if head.is_mark {
-            marks.insert(head.place);
-        } else if reason.is_none_or(|reason| reason == head.reason)
-            && !WITHOUT_BYTES.contains(&head.reason.as_str())
-        {
-            letters.push(Waiting { place: head.place, payload_bytes: head.payload_bytes });
+    reason: Option<String>,
+    /// Those of the slice that were not taken.
+    letters: VecDeque<Waiting>,
+    /// Where the next slice begins; `None` if none follows.
+    next: Option<Begin>,
+}
+
+/// Where a slice begins.
+type Begin = Option<LetterPlace>;
+
+impl Queue {
+    /// Letters behind a place, or all.
+    pub fn new(
+        table: &Table,
+        snapshot_id: Option<i64>,
+        reason: Option<&str>,
+        after: Option<LetterPlace>,
+    ) -> Self {
+        let (table, reason) = (table.clone(), reason.map(str::to_owned));
+        Self { table, snapshot_id, reason, letters: VecDeque::new(), next: Some(after) }
+    }
+
+    /// How many letters it gives.
+    ///
+    /// # Errors
+    /// [`ScanError`] when the table can not be read.
+    pub async fn count(mut self) -> Result<u64, ScanError> {
+        let mut count = 0;
+        while self.fill().await? {
+            count += self.letters.len() as u64;
+            self.letters.clear();
         }
-    })
-    .await?;
-    letters.retain(|letter| !marks.contains(&letter.place));
-    letters.sort_unstable();
-    letters.dedup();
-    Ok(letters)
+        Ok(count)
+    }
+
+    /// Whether letters are at hand; looks for more if none are.
+    ///
+    /// # Errors
+    /// As [`Queue::count`].
+    pub async fn fill(&mut self) -> Result<bool, ScanError> {
+        let mut names = Names::default();
+        while self.letters.is_empty()
+            && let Some(after) = self.next
+        {
+            let slice = slice(&self.table, self.snapshot_id, after, &mut names).await?;
+            self.next = slice.last().map(Some);
+            self.letters.extend(slice.places.iter().filter_map(|(place, standing)| {
+                let letter = standing.letter.filter(|_| !standing.is_marked)?;
+                let reason = names.text(letter.reason);
+                let is_asked = self.reason.as_deref().is_none_or(|asked| asked == reason);
+                let has_bytes = !WITHOUT_BYTES.contains(&reason);
+                (is_asked && has_bytes)
+                    .then_some(Waiting { place: *place, payload_bytes: letter.payload_bytes })
+            }));
+        }
+        Ok(!self.letters.is_empty())
+    }
+
+    /// Letters at hand, the next first.
+    pub fn letters(&self) -> impl Iterator<Item = &Waiting> {
+        self.letters.iter()
+    }
+
+    /// Takes so many of those at hand. Gives the place of the last of them.
+    pub fn take(&mut self, count: usize) -> Option<LetterPlace> {
+        self.letters.drain(..count).next_back().map(|letter| letter.place)
+    }
 }
 
 /// The letters at these ascending places, in that order. A place at which no letter stands is left out.
@@ -302,4 +454,47 @@ fn letter_at(batch: &RecordBatch, row: usize, place: LetterPlace) -> Option<Stor
         reason_text: text_at(batch, "reason_text", row)?.to_owned(),
         batch: long_at(batch, "_tidemill_batch", row)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn head((offset, is_mark, payload_bytes): (i64, bool, u64)) -> Head {
+        let place = LetterPlace { topic_id: TopicId(Uuid::nil()), partition: 0, offset, row_index: 0 };
+        let reason = format!("reason {}", payload_bytes % 3);
+        Head { topic: "t".to_owned(), place, is_mark, reason, payload_bytes }
+    }
+
+    proptest! {
+        /// Goal: slices together hold what stands at every place, whatever their size and the order of rows, and none holds
+        /// more than it may.
+        #[test]
+        fn slices_of_any_size_agree_with_all_places_at_once(
+            rows in vec((0i64..40, any::<bool>(), 0u64..6), 0..80),
+            most in 1usize..50,
+        ) {
+            let mut names = Names::default();
+            let mut all = Slice::behind(None, usize::MAX);
+            rows.iter().for_each(|row| all.take(&mut names, head(*row)));
+            prop_assert_eq!(all.last(), None);
+            let (mut joined, mut after) = (BTreeMap::new(), None);
+            loop {
+                let mut slice = Slice::behind(after, most);
+                for row in rows.iter().rev() {
+                    slice.take(&mut names, head(*row));
+                    prop_assert!(slice.places.len() <= most);
+                }
+                after = slice.last();
+                joined.extend(slice.places);
+                if after.is_none() {
+                    break;
+                }
+            }
+            prop_assert_eq!(joined, all.places);
+        }
+    }
 }

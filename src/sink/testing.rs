@@ -35,6 +35,7 @@ pub fn job(folder: &Path) -> Job {
     Job {
         name: "notifications".to_owned(),
         memory_bytes: 256 << 20,
+        threads: std::num::NonZeroUsize::MIN,
         state_dir: folder.join("state"),
         state_copies: None,
         source: KafkaSource {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::offset::{NextOffset, TopicPartition};
-use crate::source::ranges::LostRange;
+use crate::source::ranges::{Loss, LostRange};
 use crate::stop::Reason;
 
 /// What a principal needs on each topic; printed where it lacks it.
@@ -147,6 +147,16 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// Whether what was read before it is as true as ever: the records after it are gone or damaged. Where a log was cut or
+    /// written again, those before may be too.
+    pub fn spares_what_was_read(&self) -> bool {
+        match self {
+            Self::OffsetsLost { ranges } => ranges.iter().all(|range| range.loss == Loss::Removed),
+            Self::Damaged { .. } => true,
+            _ => false,
+        }
+    }
+
     /// The named reason with which a run stops on this error.
     pub fn reason(&self) -> Reason {
         match self {

@@ -12,7 +12,8 @@
 //! one reads from the next offset again, at most [`REREADS_MAX`] times without progress.
 //!
 //! Invariant: a fault that was reported has left its queue, so no queue outlives it. Whoever reads on after an error reads
-//! with a new client from the same positions, and meets the same fault again, never what stands behind it.
+//! with a new client from the same positions, and meets the same fault again if it lasts, never what stands behind it. One that
+//! passed leaves no trace (a log that was cut and has grown again), so an error is never dropped.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -297,7 +297,8 @@ class Job:
 # `tidemill COMMAND... JOB --option value`, as it stands in a sentence or on a line of its own
 COMMAND = re.compile(r"\btidemill ((?:[a-z-]+ )+(?:JOB|\S+\.toml)(?: --[a-z-]+(?:[ =][^\s;,)`]+)?)*)")
 ASKING = (
-    "accept-loss", "rebase-offsets", "state discard", "state adopt", "state rekey", "state forget", "watermark set",
+    "accept-loss", "rebase-offsets", "side reread", "state discard", "state adopt", "state rekey", "state forget",
+    "watermark set",
 )  # fmt: skip
 
 

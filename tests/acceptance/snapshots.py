@@ -20,6 +20,7 @@ VARIABLE = (
     (r"file%3A[^\s'\"`,;:)]*", "<folder>"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z?", "<time>"),
     (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<uuid>"),
+    (r"<uuid>-[0-9a-f]{8}-\d{5}\.parquet", "<uuid>.parquet"),
     (r"127\.0\.0\.1:\d+", "<address>"),
     (r"(localhost|127\.0\.0\.1)/\d+", "<address>"),
     (r"(?<![\w.])/[^\s'\"`,;:)]*?/job/", "<folder>/"),

@@ -16,11 +16,14 @@ from pyiceberg.schema import Schema
 from pyiceberg.table import Table
 from pyiceberg.transforms import DayTransform
 
+import ledger
 import snapshots
 from conftest import Corner
 from events import event
+from hands import forget_history
 from job import Job, named_command, tidemill
 from readers import PyicebergReader
+from sweep import KILLED
 
 
 def table_of(job: Job) -> Table:
@@ -171,20 +174,6 @@ def test_history_that_was_expired_with_the_rows_of_its_last_batch_is_trusted_on_
     check_ids(job, [*range(100), *range(200, 300)])
 
 
-def forget_history(job: Job) -> None:
-    """Foreign commits on top, and every snapshot below them expired."""
-    table = table_of(job)
-    rows = table.scan().to_arrow().slice(0, 1)
-    table.append(rows)
-    table.delete(EqualTo("event_id", rows["event_id"][0].as_py()))
-    table.append(rows)
-    table = table_of(job)
-    head = table.current_snapshot()
-    assert head is not None
-    old = [snapshot.snapshot_id for snapshot in table.snapshots() if snapshot.snapshot_id != head.snapshot_id]
-    table.maintenance.expire_snapshots().by_ids(old).commit()
-
-
 def test_rows_that_others_deleted_are_missed_by_a_rebuild_until_that_is_accepted(place: Corner) -> None:
     job = filled(place)
     table_of(job).delete(In("event_id", [event(number)["event_id"] for number in (3, 4)]))
@@ -239,6 +228,50 @@ def test_a_dead_letter_table_that_is_gone_is_put_back_under_its_name(place: Corn
     catalog.register_table(name, location)
     assert resolve(job, stop)["counts"]["written"] == 1
     job.check_against(place.truth(*job.topics))
+
+
+def lose_letters(job: Job, place: Corner, numbers: range) -> int:
+    """Sends events and refused rows, and takes them; the files of the letters vanish before their table had them. Their number."""
+    feed = place.feed(job.topics[0])
+    feed.send(*(event(number, event_type=None if number % 10 == 0 else "sent") for number in numbers))
+    killed = job.run(environment={"TIDEMILL_CRASH_AT": "main_landed:2"})
+    assert killed.exit_code == KILLED, killed.stdout + killed.stderr
+    owed = ledger.full_record(table_of(job))["sides"]["dead_letters"]
+    assert owed["owed"]
+    for file in owed["files"]:
+        Path(file["path"].removeprefix("file://")).unlink()
+    rows: int = sum(file["rows"] for file in owed["files"])
+    return rows
+
+
+def test_letters_whose_files_are_gone_are_written_again_from_their_records(place: Corner) -> None:
+    job = filled(place, max_ratio=0.5)
+    lost = lose_letters(job, place, range(200, 300))
+    stop = stop_of(job, place, "side_files_lost", 29, "SIDE_FILES_LOST")
+    done = resolve(job, stop)
+    assert (done["event"], done["rows"], done["batch"]) == ("side_reread", lost, 3), done
+    job.check_against(place.truth(*job.topics))
+    place.feed(job.topics[0]).send(*(event(number) for number in range(290, 310)))
+    job.run().expect(0)
+    job.check_against(place.truth(*job.topics))
+
+
+def test_letters_whose_records_are_gone_too_are_given_up_with_the_number_in_the_ledger(place: Corner) -> None:
+    job = filled(place, max_ratio=0.5)
+    lost = lose_letters(job, place, range(200, 300))
+    truth = place.truth(*job.topics)
+    place.broker.delete_records(job.topics[0], 0, 250)
+    refused = tidemill("side", "reread", job.path, "--yes").expect(29)
+    snapshots.check("side_files_not_reread", refused.stderr, place.prefix)
+    stop = tidemill("side", "reread", job.path, "--yes", "--json").expect_stop(29, "SIDE_FILES_LOST")
+    done = resolve(job, stop)
+    assert [(loss["rows"], loss["batch"]) for loss in done["side_losses"]] == [(lost, 3)], done
+    said = [s.summary.additional_properties.get("tidemill.change", "") for s in table_of(job).snapshots() if s.summary]
+    assert [json.loads(text)["by"] for text in said if text] == ["accept-loss"]
+    assert len(job.letters()) == len(truth.letters) - lost
+    place.feed(job.topics[0]).send(*(event(number) for number in range(310)))
+    job.run().expect(0)
+    check_ids(job, range(310))
 
 
 def test_a_newer_ledger_is_left_alone(place: Corner) -> None:

@@ -267,8 +267,11 @@ def random_cuts(job: Job, _log: Log) -> dict[str, Any]:
     draws = random.Random(SEED + 1)
     cuts = 0
     while cuts < CUTS:
-        size = draws.randrange(1, 2 * RECORDS // CUTS)
-        cuts += run(job, "--max-batches", "1", "--set", f"microbatch.max_records={size}").last["batches"]
+        # three quarters of the log on average, so that it lasts for all cuts
+        size = draws.randrange(1, 3 * RECORDS // (2 * CUTS))
+        batches = run(job, "--max-batches", "1", "--set", f"microbatch.max_records={size}").last["batches"]
+        assert batches > 0, f"the log ended after {cuts} cuts"
+        cuts += batches
     run(job)
     return {"cuts": cuts}
 
@@ -311,13 +314,14 @@ def drains_and_backfills(job: Job, log: Log) -> dict[str, Any]:
     """(d)"""
     draws = random.Random(SEED + 3)
     lanes: set[str] = set()
-    # Live is still before the ranges when they are registered, so that each backfill writes some events first.
-    small = RECORDS // 60
+    # Live is still before the ranges when they are registered, so that a backfill writes some events first. A range begins
+    # early however long the log is: its first offset is that of the first record whose time is ahead of its neighbours'.
+    small, large = min(1_000, RECORDS // 60), RECORDS // 60
     run(job, "--max-batches", "1", "--set", f"microbatch.max_records={small}")
     steps = 1
     while len(lanes) < len(RANGES) or ends_of(job) != log.ends:
         waiting = [lane for lane in RANGES if lane not in lanes]
-        most = small if waiting else draws.randrange(small, 4 * small)
+        most = small if waiting else draws.randrange(large, 4 * large)
         size = ("--set", f"microbatch.max_records={most}")
         steps += 1
         if waiting:

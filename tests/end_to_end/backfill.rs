@@ -14,8 +14,10 @@ use tidemill::commit::ledger::{LIVE_LANE, LaneState};
 use tidemill::commit::request::{Ask, NewLane, PREFIX};
 use tidemill::offset::NextOffset;
 use tidemill::pipeline::backfill::{self, Asked, Plan};
+use tidemill::pipeline::profile::Stage;
 use tidemill::pipeline::report::Unheard;
 use tidemill::pipeline::{Wish, requests};
+use tidemill::source::STALL_AFTER_DEFAULT;
 
 use super::*;
 
@@ -68,6 +70,17 @@ impl Small {
             self.send_to(partition, (0..records).map(shuffled));
         }
         self.send_to(2, (0..records / 10).map(|n| (format!("{prefix}-2-{n}"), n % FROM)));
+    }
+
+    /// 1,500 records in one topic partition, every other one damaged.
+    fn send_half_bad(&self) {
+        for number in 0..1_500 {
+            let event = format!(r#"{{"event_id":"old-{number}","ts":{}}}"#, at(FROM));
+            let payload = if number % 2 == 0 { event } else { format!("no JSON {number}") };
+            let record = BaseRecord::<(), _>::to("events").partition(0).timestamp(at(FROM)).payload(&payload);
+            self.producer.send(record).unwrap();
+        }
+        self.producer.flush(Duration::from_secs(30)).unwrap();
     }
 
     /// Everything in the log, by a plain consumer.
@@ -357,6 +370,32 @@ fn a_continuous_run_reads_a_backfill_beside_live() {
 }
 
 #[test]
+fn a_backfill_that_is_asked_for_while_live_is_read_ahead_gets_its_turns_and_nothing_is_lost() {
+    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
+    job.send_shuffled("old", 400);
+    job.run_noting(&[LATEST]).0.unwrap();
+    let register = Ask::Backfill(job.resolve("june").new_lane);
+    job.send_shuffled("new", 1_500);
+    let log = job.log();
+    let sets = ["microbatch.max_records=100", "threads=2", continuous::SOON];
+    let options = RunOptions::default();
+    let profile = Arc::clone(&options.profile);
+    let (_, ended) = continuous::follow(&job.load(&sets), options, |running| {
+        running.await_consumed(100);
+        job.ask(register).unwrap();
+        job.await_record(|record| {
+            let ends = record.live().topics.values().flatten().map(|(_, cursor)| cursor.end.get());
+            let mut backfills = record.backfills();
+            ends.sum::<i64>() == log.len() as i64
+                && backfills.any(|(_, _, backfill)| backfill.state == LaneState::Done)
+        });
+    });
+    assert_eq!(ended.unwrap_err().reason, Reason::Interrupted);
+    assert!(ahead::beside(&profile.report(true), Stage::Fetch) > 0.0, "nothing was read ahead");
+    job.assert_holds(&ids(log.iter().filter(|logged| logged.is_in_range() || logged.id.starts_with("new"))));
+}
+
+#[test]
 fn a_request_that_its_owner_did_not_live_to_answer_is_taken_up_by_the_next() {
     let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
     job.send_shuffled("a", 400);
@@ -402,7 +441,7 @@ fn lanes_are_paused_resumed_and_dropped_and_what_they_wrote_stays() {
     let paused = job.record();
     assert_eq!(job.run_noting(&[]).0.unwrap().batches, 0);
     assert_eq!(job.record(), paused, "a run with nothing to read commits nothing");
-    job.ask(Ask::ResumeLane { lane: lane() }).unwrap();
+    job.ask(Ask::ResumeLane { lane: lane(), letters_ratio_max: None }).unwrap();
     assert_eq!(job.run_noting(&[SMALL_BATCHES]).0.unwrap().batches, 1);
     let rows = job.rows();
     assert_eq!(
@@ -512,13 +551,7 @@ fn a_backfill_that_gives_nothing_commits_what_it_read_and_does_not_keep_live_fro
 #[test]
 fn a_backfill_that_trips_the_brake_is_paused_by_name_and_live_goes_on() {
     let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
-    for number in 0..1_500 {
-        let event = format!(r#"{{"event_id":"old-{number}","ts":{}}}"#, at(FROM));
-        let payload = if number % 2 == 0 { event } else { format!("no JSON {number}") };
-        let record = BaseRecord::<(), _>::to("events").partition(0).timestamp(at(FROM)).payload(&payload);
-        job.producer.send(record).unwrap();
-    }
-    job.producer.flush(Duration::from_secs(30)).unwrap();
+    job.send_half_bad();
     job.run_noting(&[LATEST]).0.unwrap();
     // A batch so small that it says little.
     job.begin("june", &[SMALL_BATCHES], Some(1));
@@ -541,6 +574,43 @@ fn a_backfill_that_trips_the_brake_is_paused_by_name_and_live_goes_on() {
     assert!(stop.way_out.contains(command), "{}", stop.way_out);
     let done = job.resume("june", &["sink.iceberg.dead_letters.max_ratio=1.0"]).unwrap();
     assert_eq!((done.lanes[0].state, done.lanes[0].counts.written), ("done", 750));
+}
+
+#[test]
+fn a_backfill_that_tripped_the_brake_of_a_run_without_end_goes_on_by_the_command_that_was_named() {
+    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
+    job.send_half_bad();
+    job.run_noting(&[LATEST]).0.unwrap();
+    job.begin("june", &[SMALL_BATCHES], Some(1));
+    let owner = job.start(&["run", "--continuous", "--set", "microbatch.max_interval=1 second"], &[]);
+    let state = |record: &LedgerRecord| record.backfills().next().map(|(_, _, backfill)| backfill.state);
+    job.await_record(|record| state(record) == Some(LaneState::Paused));
+    let through = "sink.iceberg.dead_letters.max_ratio=1.0";
+    let command = job.start(&["backfill", "--resume", "june", "--set", through], &[]);
+    job.await_property(PREFIX);
+    // What live commits shows its owner what was asked meanwhile.
+    job.send_to(3, (0..50).map(|n| (format!("new-{n}"), 2_999)));
+    assert!(deaths::ended(command).success());
+    deaths::terminate(&owner);
+    deaths::ended(owner);
+    let record = job.record();
+    let backfill = record.backfills().next().unwrap().2;
+    assert_eq!((backfill.state, backfill.counts.written), (LaneState::Done, 750));
+}
+
+#[test]
+fn a_backfill_whose_last_record_does_not_come_is_waited_for_no_longer_than_for_its_next() {
+    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
+    job.send_shuffled("old", 400);
+    job.run_noting(&[LATEST]).0.unwrap();
+    job.begin("june", &[SMALL_BATCHES], Some(1));
+    job.broker.refuse_fetches(true);
+    let (mut notes, loaded) = (Notes::default(), job.load(&[]));
+    job.runtime.block_on(pipeline::run(&loaded, &impatient(), &mut notes)).unwrap();
+    let said = notes.0.concat();
+    let (_, waited) = said.split_once(" gave nothing for ").unwrap_or_else(|| panic!("{said}"));
+    let seconds: u64 = waited.split(' ').next().unwrap().parse().unwrap();
+    assert!(seconds < STALL_AFTER_DEFAULT.as_secs(), "{said}");
 }
 
 /// Thirty days, or as many as `TIDEMILL_BACKFILL_DAYS` says, far beyond a window of seven.

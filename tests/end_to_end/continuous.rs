@@ -123,6 +123,35 @@ fn a_batch_closes_at_its_records_long_before_its_time() {
 }
 
 #[test]
+fn what_was_read_before_records_that_are_gone_is_committed_and_the_stop_names_these_alone() {
+    let job = Small::new("window = \"1 hour\"");
+    let (taken, ended) = follow(&job.load(&[SOON]), RunOptions::default(), |running| {
+        job.send(&[("a", 0), ("b", 1)]);
+        running.await_consumed(2);
+        // Repeats alone keep a batch open.
+        job.send(&[("a", 0), ("b", 1)]);
+        running.await_progress(4);
+        // More than the log of a topic partition holds, while nothing is given.
+        job.broker.refuse_fetches(true);
+        let padding = "x".repeat(100_000);
+        for number in 0..80 {
+            let payload = format!(r#"{{"event_id":"gone-{number}","ts":{BEGIN_MS},"padding":"{padding}"}}"#);
+            job.producer.send(BaseRecord::<(), _>::to("events").payload(&payload)).unwrap();
+            job.producer.flush(Duration::from_secs(30)).unwrap();
+        }
+        job.broker.refuse_fetches(false);
+        2 + running.await_consumed(2).consumed
+    });
+    let (stop, record) = (ended.unwrap_err(), job.record());
+    assert_eq!(stop.reason, Reason::OffsetsLost, "{stop:?}");
+    assert!(record.released && record.cursor("events", 0).unwrap().end.get() == taken as i64);
+    let lost = format!("events[0] [{taken}, ");
+    assert!(stop.what.contains(&lost), "{}", stop.what);
+    let again = job.run_noting(&[]).0.unwrap_err();
+    assert!(again.reason == Reason::OffsetsLost && again.what.contains(&lost), "{again:?}");
+}
+
+#[test]
 fn repeats_alone_keep_a_batch_open_and_it_is_committed_when_the_run_is_asked_to_end() {
     let job = Small::new("window = \"1 hour\"");
     let (_, ended) = follow(&job.load(&[SOON]), RunOptions::default(), |running| {

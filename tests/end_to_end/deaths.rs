@@ -15,27 +15,41 @@ const WAIT_MAX: Duration = Duration::from_secs(120);
 impl Bench {
     /// Starts the program with one variable of `src/faults.rs` set.
     fn start(&self, variable: &str, point: &str, sets: &[&str]) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_tidemill"))
-            .arg("run")
-            .arg(self.job_path())
-            .args(sets.iter().flat_map(|set| ["--set", set]))
-            .env(variable, point)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap()
+        let job = self.job_path();
+        let sets = sets.iter().flat_map(|set| ["--set", set]);
+        let words: Vec<&str> = ["run", job.to_str().unwrap()].into_iter().chain(sets).collect();
+        start(variable, point, &words)
+    }
+
+    /// Runs a command of the program until it kills itself at a point.
+    pub(super) fn kill_command_at(&self, point: &str, words: &[&str]) {
+        killed_at(point, start("TIDEMILL_CRASH_AT", point, words));
     }
 
     /// Runs the program until it kills itself at a point.
     pub(super) fn kill_at(&self, point: &str, sets: &[&str]) {
-        use std::os::unix::process::ExitStatusExt;
-        let status = ended(self.start("TIDEMILL_CRASH_AT", point, sets));
-        assert_eq!(status.signal(), Some(9), "the run ended with {status} and not at {point}");
+        killed_at(point, self.start("TIDEMILL_CRASH_AT", point, sets));
     }
 
     fn other_state(&self) -> String {
         format!("state_dir={}", self.folder.path().join("other").display())
     }
+}
+
+fn start(variable: &str, point: &str, words: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_tidemill"))
+        .args(words)
+        .env(variable, point)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn killed_at(point: &str, child: Child) {
+    use std::os::unix::process::ExitStatusExt;
+    let status = ended(child);
+    assert_eq!(status.signal(), Some(9), "the command ended with {status} and not at {point}");
 }
 
 /// Waits for the end of a process.
@@ -195,6 +209,24 @@ fn an_owner_that_wakes_after_a_takeover_commits_nothing_and_says_that_it_is_fenc
     wake(&sleeper);
     assert_eq!(ended(sleeper).code(), Some(i32::from(Reason::Fenced.exit_code())));
     assert_eq!(bench.record(), taken);
+    bench.assert_exact();
+}
+
+#[test]
+fn an_owner_that_wakes_after_a_takeover_does_not_finish_what_its_successor_has_begun() {
+    let mut bench = Bench::with_some_bad(28);
+    let maintained = ["sink.iceberg.maintenance.every_commits=1", "microbatch.max_records=4000"];
+    bench.send_wave();
+    // Between two microbatches: what comes next is a look at the tables.
+    let sleeper = bench.start("TIDEMILL_STOP_AT", "published:1", &maintained);
+    stopped(&sleeper);
+    let elsewhere = bench.other_state();
+    let options = RunOptions { takeover: true, ..RunOptions::default() };
+    bench.run_noting(&[&elsewhere], options).0.unwrap();
+    let of_successor = savepoints::leave_intent(&bench.table());
+    wake(&sleeper);
+    assert_eq!(ended(sleeper).code(), Some(i32::from(Reason::Fenced.exit_code())));
+    assert!(of_successor.exists(), "its files may be those of a commit that is on its way");
     bench.assert_exact();
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Exactness against readers of other makes is judged by `tests/acceptance`; here it is the generator's truth.
 
+mod ahead;
 #[cfg(feature = "faults")]
 mod backfill;
 mod continuous;
@@ -11,6 +12,8 @@ mod deaths;
 mod late;
 mod requeue;
 mod savepoints;
+#[cfg(feature = "faults")]
+mod sides;
 mod start_table;
 
 use std::collections::BTreeMap;
@@ -454,7 +457,7 @@ fn topics_made_again_stop_the_run_and_a_rebase_drops_every_repeat() {
     let loaded = bench.load(&[&bootstrap]);
     let options = RunOptions::default();
     let moving = pipeline::move_offsets(&loaded, &options, OffsetCommand::Rebase, &|_| Ok(()));
-    let jumps = bench.runtime.block_on(moving).unwrap();
+    let jumps = bench.runtime.block_on(moving).unwrap().jumps;
     assert_eq!(jumps.len(), 4 * PARTITIONS as usize);
     let counts = bench.run(&[&bootstrap]).counts;
     assert_eq!((counts.written, counts.duplicate), (0, WAVE_EVENTS / 4));

@@ -440,7 +440,7 @@ mod kills {
 }
 
 /// What a pass left behind whose commit nobody saw land.
-fn leave_intent(table: &iceberg::table::Table) -> PathBuf {
+pub(super) fn leave_intent(table: &iceberg::table::Table) -> PathBuf {
     let folder = PathBuf::from(table.metadata().location().trim_start_matches("file://")).join("metadata");
     let path = folder.join(format!("tidemill-expiry-{}.json", uuid::Uuid::now_v7()));
     let intent =

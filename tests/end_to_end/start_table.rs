@@ -3,12 +3,18 @@
 
 use std::time::Instant;
 
+use arrow::array::{
+    ArrayRef, Int32Array, Int64Array, StringArray, TimestampMicrosecondArray, new_null_array,
+};
+use arrow::datatypes::{DataType, Field};
+use iceberg::arrow::schema_to_arrow_schema;
 use iceberg::spec::DataFile;
 use iceberg::{Catalog, TableCreation};
 use tidemill::commit::ledger::Kind;
 use tidemill::dedup;
-use tidemill::pipeline::commands::{self, Done};
+use tidemill::pipeline::commands::{self, Adopting, Done};
 use tidemill::pipeline::report::Unheard;
+use tidemill::sink::writer::TableWriter;
 
 use super::*;
 
@@ -39,9 +45,13 @@ impl Small {
             match name {
                 "state rebuild" => commands::rebuild_state(&loaded, &options, false, &mut Unheard).await,
                 "state adopt-rows" => commands::adopt_rows(&loaded, &options, &yes, &mut Unheard).await,
-                "state adopt" => commands::adopt_ledger(&loaded, &options, false, &yes, &mut Unheard).await,
-                "state adopt --after-last-row" => {
-                    commands::adopt_ledger(&loaded, &options, true, &yes, &mut Unheard).await
+                name if name.starts_with("state adopt") => {
+                    let others = |said: &str| name.ends_with(said).then_some(said == " seen");
+                    let adopting = Adopting {
+                        after_last_row: name.contains("--after-last-row"),
+                        others_seen: others(" seen").or(others(" unseen")),
+                    };
+                    commands::adopt_ledger(&loaded, &options, adopting, &yes, &mut Unheard).await
                 }
                 "state rekey" => commands::rekey_state(&loaded, &options, &yes, &mut Unheard).await,
                 other => panic!("no such command: {other}"),
@@ -88,6 +98,45 @@ impl Small {
                 .build();
             let copy = catalog.create_table(ident(to).namespace(), creation).await.unwrap();
             let transaction = Transaction::new(&copy);
+            let append = transaction.fast_append().add_data_files(files);
+            append.apply(transaction).unwrap().commit(&*catalog).await.unwrap();
+        });
+    }
+
+    /// Rows that another program writes into the main table, which it makes first where there is none.
+    fn rows_by_another(&self, events: &[(&str, i64)]) {
+        let job = self.load(&[]).job;
+        self.runtime.block_on(async {
+            let catalog = self.catalog().await;
+            let ident = schema::table_ident(&job.sink.table).unwrap();
+            let table = match catalog::load(&*catalog, &ident).await.unwrap() {
+                Some(table) => table,
+                None => schema::create_main(&*catalog, &job).await.unwrap(),
+            };
+            let names = Arc::new(schema_to_arrow_schema(table.metadata().current_schema()).unwrap());
+            let column = |field: &Arc<Field>| -> ArrayRef {
+                match field.name().as_str() {
+                    "event_id" => Arc::new(StringArray::from_iter_values(events.iter().map(|(id, _)| id))),
+                    "event_time" => {
+                        let micros = events.iter().map(|(_, minute)| (BEGIN_MS + minute * MINUTE_MS) * 1_000);
+                        Arc::new(TimestampMicrosecondArray::from_iter_values(micros).with_timezone("+00:00"))
+                    }
+                    // A batch that no ledger counts.
+                    _ if *field.data_type() == DataType::Int64 => {
+                        Arc::new(Int64Array::from(vec![0; events.len()]))
+                    }
+                    _ if *field.data_type() == DataType::Int32 => {
+                        Arc::new(Int32Array::from(vec![0; events.len()]))
+                    }
+                    "_kafka_topic" => Arc::new(StringArray::from(vec!["elsewhere"; events.len()])),
+                    _ => new_null_array(field.data_type(), events.len()),
+                }
+            };
+            let rows = RecordBatch::try_new(names.clone(), names.fields().iter().map(column).collect());
+            let mut writer = TableWriter::new(&table, uuid::Uuid::now_v7(), 64 << 20, &[]).unwrap();
+            writer.write(&rows.unwrap()).await.unwrap();
+            let files = writer.finish().await.unwrap();
+            let transaction = Transaction::new(&table);
             let append = transaction.fast_append().add_data_files(files);
             append.apply(transaction).unwrap().commit(&*catalog).await.unwrap();
         });
@@ -198,6 +247,68 @@ fn a_resend_that_is_read_again_for_a_lost_ledger_finds_its_first_copy_in_a_bucke
     assert_ne!(job.record().dedup.complete_since, None, "the buckets have expired");
     job.command("state adopt", &moved).unwrap();
     assert_eq!(job.counts(&[], &moved), (0, 4));
+}
+
+#[test]
+fn rows_of_others_that_counted_as_seen_do_so_under_a_ledger_that_is_made_again() {
+    let job = Small::new("window = \"1 hour\"");
+    job.rows_by_another(&[("a", 0), ("b", 5)]);
+    job.follow(&job.stop_of(&[]), "state adopt-rows", &[]);
+    assert_eq!(job.counts(&[("a", 0), ("b", 5), ("c", 9)], &[]), (1, 2));
+    job.copy_table("demo.small", "demo.copy");
+    let moved = ["sink.iceberg.table=demo.copy"];
+    let unsaid = job.command("state adopt", &moved).unwrap_err();
+    assert_eq!(unsaid.reason, Reason::Usage);
+    assert!(unsaid.what.contains("has 2 rows that this job did not write"), "{}", unsaid.what);
+    let done = job.command("state adopt --rows-of-others seen", &moved).unwrap();
+    assert_eq!((done.state.keys, done.state.keys_of_others, done.notes.len()), (3, 2, 1), "{done:?}");
+    assert_eq!(job.counts(&[("d", 10)], &moved), (1, 3), "a and b are in the topic too");
+}
+
+#[test]
+fn rows_of_others_that_were_passed_over_are_so_under_a_ledger_that_is_made_again() {
+    let job = Small::new("window = \"1 hour\"");
+    job.counts(&[("c", 9)], &[]);
+    job.rows_by_another(&[("a", 0)]);
+    job.copy_table("demo.small", "demo.copy");
+    let moved = ["sink.iceberg.table=demo.copy"];
+    assert_eq!(job.command("state adopt", &moved).unwrap_err().reason, Reason::Usage);
+    job.command("state adopt --rows-of-others unseen", &moved).unwrap();
+    assert_eq!(job.counts(&[("a", 0)], &moved), (1, 1));
+}
+
+#[test]
+fn a_ledger_that_is_made_again_begins_no_later_than_its_first_row_whatever_a_start_by_time_means_now() {
+    let job = Small::new("window = \"1 hour\"");
+    // The in-process broker has no record that is as late, now and later.
+    let by_time = "source.kafka.start=\"2020-01-01T00:00:00Z\"";
+    job.run_noting(&[by_time]).0.unwrap();
+    assert_eq!(job.counts(&[("a", 0), ("b", 5)], &[by_time]), (2, 0));
+    job.copy_table("demo.small", "demo.copy");
+    let moved = ["sink.iceberg.table=demo.copy", by_time];
+    job.send(&[("c", 9)]);
+    job.command("state adopt", &moved).unwrap();
+    assert_eq!(job.counts(&[], &moved), (1, 2), "c came before the ledger was made again");
+}
+
+#[cfg(feature = "faults")]
+#[test]
+fn a_ledger_whose_state_could_not_be_made_again_is_made_again_in_another_way() {
+    let job = Small::new("window = \"1 hour\"");
+    job.counts(&[("a", 0), ("b", 5)], &[]);
+    job.counts(&[("c", 9), ("a", 0)], &[]);
+    job.copy_table("demo.small", "demo.copy");
+    let moved = ["sink.iceberg.table=demo.copy"];
+    let mut adopt = std::process::Command::new(env!("CARGO_BIN_EXE_tidemill"));
+    adopt.args(["state", "adopt", "--yes", "--set", moved[0]]).arg(job.folder.path().join("job.toml"));
+    adopt.env("TIDEMILL_CRASH_AT", "rebuild_keys_read").stderr(std::process::Stdio::null());
+    assert!(!deaths::ended(adopt.spawn().unwrap()).success());
+    let begun = job.record_of(&moved);
+    assert!(begun.lacks_generation() && begun.cursor("events", 0).unwrap().end.get() == 0);
+    job.command("state adopt --after-last-row", &moved).unwrap();
+    assert_eq!(job.record_of(&moved).cursor("events", 0).unwrap().end.get(), 3);
+    assert_eq!(job.command("state adopt", &moved).unwrap_err().reason, Reason::Usage);
+    assert_eq!(job.counts(&[("c", 9), ("d", 10)], &moved), (1, 2), "the repeat after it is read again");
 }
 
 #[test]

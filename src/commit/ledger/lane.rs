@@ -44,6 +44,9 @@ pub struct Backfill {
     /// Outcomes of all its microbatches.
     #[serde(default)]
     pub counts: Counts,
+    /// Largest share of dead letters that a microbatch of it may have, where whoever resumed it said so; else the job's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub letters_ratio_max: Option<f64>,
 }
 
 /// Whether a lane is served.

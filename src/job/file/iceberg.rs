@@ -202,21 +202,22 @@ fn read_partition_by(
             continue;
         }
         // Iceberg names a partition field after its column and transform, next to the columns
-        let name = format!("{column}{}", suffix(&transform));
+        let field = PartitionField { column, transform };
+        let (name, PartitionField { column, transform }) = (field.name(), &field);
         if !names.insert(name.clone()) {
             element.wrong(format!("partition field {} stands twice", quoted(&name))).hinting("name it once");
-        } else if transform != Transform::Identity
+        } else if *transform != Transform::Identity
             && types.keys().any(|column| column.eq_ignore_ascii_case(&name))
         {
             element
                 .wrong(format!("partition field {} has the name of a column", quoted(&name)))
                 .hinting("rename the column");
-        } else if is_time(&transform) && !time_columns.insert(column.clone()) {
+        } else if is_time(transform) && !time_columns.insert(column.clone()) {
             element
-                .wrong(format!("column {} is cut by time twice", quoted(&column)))
+                .wrong(format!("column {} is cut by time twice", quoted(column)))
                 .hinting("keep the finer one: a table by hour is also one by day");
         } else {
-            fields.push(PartitionField { column, transform });
+            fields.push(field);
         }
     }
     fields
@@ -267,18 +268,6 @@ fn fitting_types(transform: &Transform) -> &'static str {
         }
         Transform::Truncate(_) => "a column of type int, long, decimal, string or binary",
         _ => "a column of any type but boolean, float and double",
-    }
-}
-
-fn suffix(transform: &Transform) -> &'static str {
-    match transform {
-        Transform::Year => "_year",
-        Transform::Month => "_month",
-        Transform::Day => "_day",
-        Transform::Hour => "_hour",
-        Transform::Bucket(_) => "_bucket",
-        Transform::Truncate(_) => "_trunc",
-        Transform::Identity | Transform::Void | Transform::Unknown => "",
     }
 }
 

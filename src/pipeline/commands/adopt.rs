@@ -8,15 +8,23 @@
 //! live offsets were: a backfill may have read ahead of them, and rows of an earlier topic may have larger offsets. So the
 //! topics are read again from where the job began: what has a row is a repeat, letters are known by their places. Only who
 //! knows better goes on after the last row of each topic partition. The state is made from the rows alone, so that a table
-//! that came back from a backup takes in again what it lacks.
+//! that came back from a backup takes in again what it lacks. Whether rows of others counted as seen stood in the ledger,
+//! so it is asked for: their events are read again too. All rows make a state as large as the table ever was: where a disk or
+//! a limit is too small for it, nothing was read yet, and the command may be given again in another way.
 
 use std::collections::BTreeMap;
 
+use bytesize::ByteSize;
+
 use super::{AtWork, Confirm, Done, Restored, open_named};
-use crate::commit::ledger::{BucketRecord, Change, Cursor, DedupRecord, EraRecord, Others};
+use crate::commit::ledger::{
+    BucketRecord, Change, Cursor, DedupRecord, EraRecord, Jump, Kind, LIVE_LANE, LedgerRecord, Others,
+};
 use crate::dedup::{
     self, BucketTally, GenerationFacts, GenerationName, GenerationRef, Key, Store, StoreError,
 };
+use crate::event_time::EventTimeMs;
+use crate::job::Job;
 use crate::job::file::LoadedJob;
 use crate::memory::MemoryPlan;
 use crate::offset::{NextOffset, TopicPartition};
@@ -27,16 +35,20 @@ use crate::pipeline::rebuild::{
 };
 use crate::pipeline::report::Report;
 use crate::pipeline::state::{bucket_record, facts};
-use crate::pipeline::survey::{key_encoder, rows_of, state_folder};
+use crate::pipeline::survey::{key_encoder, state_folder};
 use crate::pipeline::world::{AdoptedLedger, Inheritance};
 use crate::pipeline::{RunOptions, stops};
 use crate::protocol::name_generation;
 use crate::protocol::start::Allow;
-use crate::sink::scan::{self, Reach, RowsOf};
+use crate::sink::scan::{self, Reach, RowsOf, rows_of};
 use crate::stop::{Reason, Stop};
 
 const ADOPT_ROWS: &str = "state adopt-rows";
 const ADOPT: &str = "state adopt";
+/// What a key takes on disk while the state is made: itself, and once more while runs of keys are merged.
+const DISK_BYTES_PER_KEY: u64 = 20;
+/// Keys that are read from a table in a second on a machine of two cores (README, measured).
+const KEYS_PER_SECOND: u64 = 2_000_000;
 
 /// Lets the rows of others in the main table count as seen.
 ///
@@ -183,23 +195,32 @@ fn added(before: &[BucketTally], after: &[BucketTally], others: &Option<Others>)
     after.iter().filter_map(of_bucket).collect()
 }
 
-/// Makes a lost ledger again from the rows of the table, and what the state folder knows of the job. The topics are read
-/// again from the job's start, or, with `after_last_row`, from after the last record of each that left a row.
+/// How a lost ledger is made again.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Adopting {
+    /// Whether the job goes on after the last record of each topic partition that left a row, and not from its start.
+    pub after_last_row: bool,
+    /// Whether rows that the job did not write count as seen; to be said where there are any.
+    pub others_seen: Option<bool>,
+}
+
+/// Makes a lost ledger again from the rows of the table, and what the state folder knows of the job.
 ///
 /// # Errors
-/// `USAGE` if no ledger was lost or the table has no row of this job; `KEY_SPEC_CHANGED` if the state was made for another
-/// key; the [`Stop`] of the start table.
+/// `USAGE` if no ledger was lost, the table has no row of this job, or it has rows of others and nothing was said of them;
+/// `KEY_SPEC_CHANGED` if the state was made for another key; the [`Stop`] of the start table.
 pub async fn adopt_ledger(
     loaded: &LoadedJob,
     options: &RunOptions,
-    after_last_row: bool,
+    adopting: Adopting,
     confirm: Confirm<'_>,
     report: &mut dyn Report,
 ) -> Result<Done, Stop> {
     let allow = Allow { adopt_ledger: true, ..Allow::default() };
     let mut prepared = prepare(loaded, options, allow).await?;
     let table = prepared.survey.main_ident.to_string();
-    if prepared.record.is_some() {
+    // One that was begun and whose keys never came together may be begun in another way.
+    if prepared.record.as_ref().is_some_and(|record| !is_unfinished(record)) {
         return Err(Stop::new(
             Reason::Usage,
             format!("table {table} has its ledger: there is nothing to adopt"),
@@ -219,9 +240,16 @@ pub async fn adopt_ledger(
         ));
     }
     let (name, known) = usable_generation(&prepared, loaded, options, &reach)?;
-    let starts = prepared.survey.starts_again(&loaded.job)?;
+    if reach.rows_of_others > 0 && adopting.others_seen.is_none() {
+        return Err(others_unsaid(&table, reach.rows_of_others, options));
+    }
+    let starts = prepared.survey.starts_again(&loaded.job, &reach.places)?;
     let mut adopted = adopted_ledger(&prepared, loaded, name, &known, &reach)?;
-    if !after_last_row {
+    if adopting.others_seen == Some(true) {
+        // Those of them that carry a batch number of an earlier ledger are taken for ours.
+        adopted.others = Some(Others { batch_max: 0, adopted: true, buckets: Vec::new() });
+    }
+    if !adopting.after_last_row {
         adopted.cursors.clear();
         // Who reads from the begin again meets keys of any age: all rows count, and buckets expire as they did at first.
         adopted.dedup.complete_since = None;
@@ -233,33 +261,109 @@ pub async fn adopt_ledger(
         format!("{name}: next offset {next}")
     };
     let places: Vec<String> = starts.iter().map(next).collect();
+    let rows = reach.rows.saturating_add(reach.rows_of_others);
     confirm(&format!(
-        "make the ledger of table {table} again at batch {}, from its {} rows?\n  {}",
+        "make the ledger of table {table} again at batch {}, from its {} rows?\n  {}\n  {}",
         adopted.batch,
         reach.rows,
-        places.join("\n  ")
+        places.join("\n  "),
+        cost(rows, adopted.dedup.complete_since, &loaded.job)
     ))?;
-    prepared.outside.inheritance = Inheritance::Ledger(Box::new(adopted));
+    let begun = prepared.record.is_some();
+    prepared.outside.inheritance = Inheritance::Ledger(Box::new(adopted.clone()));
     let mut work = AtWork::take(prepared, &starts).await?;
-    let restoring = Restoring { by: ADOPT, salvage: false, release: true };
-    let record = work.owner.record.clone();
-    let result = restore(&mut work.owner, record, &work.keys, &work.memory, restoring, report).await;
+    let result = async {
+        let AtWork { owner, keys, memory, .. } = &mut work;
+        if begun {
+            begin_again(owner, &adopted, &starts).await?;
+        }
+        let restoring = Restoring { by: ADOPT, salvage: false, release: true };
+        let record = owner.record.clone();
+        restore(owner, record, keys, memory, restoring, report).await
+    };
+    let result = result.await;
     let missing = lacking(&known.buckets, &tallies(&work.owner.record.buckets));
     let batch = work.owner.record.batch;
     let state = work.end(result).await?;
-    let from =
-        if after_last_row { "after the last row of each topic partition" } else { "from the job's start" };
+    let from = if adopting.after_last_row {
+        "after the last row of each topic partition"
+    } else {
+        "from the job's start"
+    };
     let mut notes = vec![format!(
         "the ledger was made again at batch {batch}; what the topics hold {from} is read again, and what has a row is \
          dropped as a repeat"
     )];
     if name.batch <= reach.batch_max && missing > 0 {
         notes.push(format!(
-            "{missing} keys that the state folder knew have no row in the table any more; if their events are sent again, \
-             they are written again"
+            "{missing} keys that the state folder knew have no row any more that counts as seen; if their events are sent \
+             again, they are written again"
         ));
     }
     Ok(Done { command: ADOPT, table, changed: true, state, notes })
+}
+
+/// Whether a record was made by `state adopt`, and its state never was: nothing was read under it.
+fn is_unfinished(record: &LedgerRecord) -> bool {
+    let before = record.others.as_ref().map_or(0, |others| others.batch_max);
+    record.lacks_generation() && record.dedup.keys == 0 && record.batch > before
+}
+
+/// What the keys of so many rows cost, those before `since` left out; for the question.
+fn cost(rows: u64, since: Option<EventTimeMs>, job: &Job) -> String {
+    let (disk, seconds) = (rows.saturating_mul(DISK_BYTES_PER_KEY), rows / KEYS_PER_SECOND);
+    let free = rustix::fs::statvfs(&job.state_dir).map_or(String::new(), |disk| {
+        format!(", {} are free", ByteSize(disk.f_bavail.saturating_mul(disk.f_frsize)))
+    });
+    let of_rows = match since {
+        None => "of all of them".to_owned(),
+        Some(since) => format!("from {since} on"),
+    };
+    format!(
+        "the keys {of_rows} take up to {} of disk in {}{free}, and about {} s",
+        ByteSize(disk),
+        job.state_dir.display(),
+        seconds.max(1)
+    )
+}
+
+/// Lets a ledger that was begun, and whose state was never made, begin in another way: one commit with the offsets that jump.
+async fn begin_again(
+    owner: &mut Owner<'_>,
+    adopted: &AdoptedLedger,
+    starts: &BTreeMap<TopicPartition, NextOffset>,
+) -> Result<(), Stop> {
+    let mut next = LedgerRecord { kind: Kind::Jump, jumps: Vec::new(), ..owner.record.clone() };
+    next.dedup.clone_from(&adopted.dedup);
+    next.others.clone_from(&adopted.others);
+    let lane = next.lanes.entry(LIVE_LANE.to_owned()).or_default();
+    for (name, start) in starts {
+        let at_start = Cursor { start: *start, end: *start, tail: None, max_event_time: None };
+        let cursor = adopted.cursors.get(name).copied().unwrap_or(at_start);
+        let known = lane.topics.entry(name.topic.clone()).or_default().insert(name.partition, cursor);
+        let old_end = known.map(|known| known.end);
+        if old_end != Some(cursor.end) {
+            let (topic, partition) = (name.topic.clone(), name.partition);
+            let (new_start, reason) = (cursor.end, ADOPT.to_owned());
+            next.jumps.push(Jump { topic, partition, old_end, new_start, reason });
+        }
+    }
+    owner.commit(next, Vec::new()).await.map(|_| ())
+}
+
+fn others_unsaid(table: &str, rows: u64, options: &RunOptions) -> Stop {
+    let job = &options.job_shown;
+    Stop::new(
+        Reason::Usage,
+        format!(
+            "table {table} has {rows} rows that this job did not write, and it does not say whether they counted as seen"
+        ),
+        format!(
+            "nothing was changed; if their keys are to count as seen, so that their events are not written again (the job \
+             had been given `state adopt-rows`):\n  tidemill state adopt {job} --rows-of-others seen\nif they are not (it \
+             was begun with --ignore-rows, or others appended them):\n  tidemill state adopt {job} --rows-of-others unseen"
+        ),
+    )
 }
 
 /// Keys that were counted and are not there.
@@ -275,6 +379,7 @@ async fn reach(prepared: &Prepared<'_>, loaded: &LoadedJob) -> Result<Reach, Sto
             .iter()
             .all(|name| table.metadata().current_schema().field_by_name(name).is_some());
         if !columns_there {
+            reach.rows_of_others = reach.rows_of_others.saturating_add(rows_of(table));
             continue;
         }
         let found = scan::reach(table, &loaded.job.event_time.column).await.map_err(|error| {
@@ -366,9 +471,10 @@ fn adopted_ledger(
     let cursors: BTreeMap<TopicPartition, Cursor> = reach
         .places
         .iter()
-        .map(|(place, (offset, time))| {
-            let end = NextOffset::after(*offset);
-            (place.clone(), Cursor { start: end, end, tail: None, max_event_time: Some(*time) })
+        .map(|(place, span)| {
+            let end = NextOffset::after(span.offset_max);
+            let max_event_time = Some(span.event_time_max);
+            (place.clone(), Cursor { start: end, end, tail: None, max_event_time })
         })
         .collect();
     Ok(AdoptedLedger {
@@ -379,6 +485,7 @@ fn adopted_ledger(
         batch_generation: mark.filter(|mark| mark.batch == batch).and_then(|mark| mark.generation),
         dedup,
         suppressed: None,
+        others: None,
         cursors,
     })
 }

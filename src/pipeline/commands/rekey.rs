@@ -11,8 +11,9 @@ use crate::pipeline::RunOptions;
 use crate::pipeline::owner::{Owner, prepare};
 use crate::pipeline::rebuild::{Restoring, restore};
 use crate::pipeline::report::Report;
-use crate::pipeline::survey::{key_encoder, rows_of};
+use crate::pipeline::survey::key_encoder;
 use crate::protocol::start::Allow;
+use crate::sink::scan::rows_of;
 use crate::stop::{Reason, Stop};
 
 const REKEY: &str = "state rekey";

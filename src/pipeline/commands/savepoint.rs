@@ -266,7 +266,11 @@ async fn change_side_tags(
     let table = owner.side(role);
     let mark = side::inspect(table.metadata()).map_err(|error| of_ledger(table, error))?;
     let Some(mark) = mark.filter(|mark| mark.job_id == owner.record.job_id) else {
-        unreachable!("an owner marks its side tables before anything else")
+        return Err(Stop::new(
+            Reason::OtherJob,
+            format!("table {} follows another ledger now", table.identifier()),
+            "nothing was changed on it; see which job writes to it, then give the command again",
+        ));
     };
     let updates = updates.clone();
     let beyond = Beyond { updates, tagged, untagged, back_to: None };

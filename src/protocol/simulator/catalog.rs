@@ -204,9 +204,11 @@ impl Tables for SimTables {
 
     async fn missing(&self, _: &Loaded, files: &[File]) -> Result<Vec<String>, Box<Error>> {
         turn(&self.shared).await;
-        let universe = self.shared.borrow();
-        let gone = files.iter().filter(|file| !universe.stored.contains_key(&file.path));
-        Ok(gone.map(|file| file.path.clone()).collect())
+        let universe = &mut *self.shared.borrow_mut();
+        let (there, gone): (Vec<&File>, Vec<&File>) =
+            files.iter().partition(|file| universe.stored.contains_key(&file.path));
+        universe.looked_at.extend(there.into_iter().map(|file| (self.process, file.path.clone())));
+        Ok(gone.into_iter().map(|file| file.path.clone()).collect())
     }
 
     fn now_ms(&self) -> i64 {
@@ -279,13 +281,15 @@ impl SimTables {
                     return Answer::Failed(forbidden());
                 }
                 // A clean-up takes files of a commit that is not there for orphans. While a request that names them is
-                // under way nobody can be saved from such a clean-up.
+                // under way, or was judged and is about to be, nobody can be saved from such a clean-up.
                 let mut universe = self.shared.borrow_mut();
                 let paths = |flight: &Flight| flight.files.iter().map(|file| file.path.clone()).collect();
                 let ours: BTreeSet<String> = paths(flight);
                 let mut under_way = universe.flights.iter().map(paths);
                 let is_named = under_way.any(|theirs: BTreeSet<String>| !theirs.is_disjoint(&ours));
-                for file in flight.files.iter().filter(|_| !is_named) {
+                let mut looked_at = universe.looked_at.iter();
+                let is_looked_at = looked_at.any(|(by, path)| *by != self.process && ours.contains(path));
+                for file in flight.files.iter().filter(|_| !is_named && !is_looked_at) {
                     universe.stored.remove(&file.path);
                 }
                 universe.hit("data files swept by others");

@@ -75,6 +75,7 @@ fn orders() -> Orders {
         skew_ms: 0,
         batch_events: 1,
         follows: false,
+        keeps_up: false,
     }
 }
 

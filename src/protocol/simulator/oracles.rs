@@ -5,8 +5,8 @@ use std::rc::Rc;
 
 use super::process::{main_ident, side_ident};
 use super::universe::{Content, EventKind, File, Flight, Key, Place, Row, TOPIC, Truth, Universe};
-use crate::commit::ledger::{self, Found, Kind, LedgerRecord, PROPERTY, attempt_on_ancestry};
-use crate::commit::side::{MARK, Role, SideMark};
+use crate::commit::ledger::{self, Found, Kind, LIVE_LANE, LedgerRecord, PROPERTY, attempt_on_ancestry};
+use crate::commit::side::{MARK, Role, SideMark, inspect};
 
 /// What a request makes of a table; breaks the universe if it must not.
 pub(super) fn judge(universe: &mut Universe, flight: &Flight, base: &Content, files: Vec<File>) -> Content {
@@ -48,6 +48,15 @@ fn judge_main(
         let late = owed(universe, &record, Role::Late);
         judge_counts(universe, flight, &record, consumed, late.len() as u64);
         truth.late.extend(late);
+        let letters = owed(universe, &record, Role::DeadLetters);
+        truth.letters_owed = letters.iter().map(|row| row.place).collect();
+    }
+    let is_owed = record.sides.get(Role::DeadLetters.name()).is_some_and(|side| side.owed);
+    if record.kind == Kind::Change && is_owed {
+        // Letters that main names no more are given up. A rollback does not take that back: of this batch the newest list counts.
+        let left = owed(universe, &record, Role::DeadLetters);
+        let left: BTreeSet<Place> = left.iter().map(|row| row.place).collect();
+        universe.given_up.extend(truth.letters_owed.difference(&left));
     }
     let late = truth.late.iter().filter(|row| !row.is_unproven);
     let main = rows(&files).filter(|row| row.batch > Some(after(&record)));
@@ -123,12 +132,14 @@ fn judge_chain(universe: &mut Universe, before: Option<&LedgerRecord>, next: &Le
     universe.require(next.batch == before.batch + step, || {
         format!("batch {} ({:?}) follows batch {}", next.batch, next.kind, before.batch)
     });
+    judge_backfills(universe, before, next);
+    let served = next.batch_lane.is_none();
     for (partition, cursor) in next.live().topics.get(TOPIC).into_iter().flatten() {
         let known = before.cursor(TOPIC, *partition).map(|cursor| cursor.end);
         let jump = next.jumps.iter().find(|jump| jump.partition == *partition);
         let fine = match (next.kind, jump, known) {
-            (Kind::Data, None, Some(end)) => cursor.start == end && cursor.end >= end,
-            (Kind::Data, None, None) => cursor.end >= cursor.start,
+            (Kind::Data, None, Some(end)) if served => cursor.start == end && cursor.end >= end,
+            (Kind::Data, None, None) if served => cursor.end >= cursor.start,
             (Kind::Fence, Some(jump), known) => {
                 replays && known == Some(jump.new_start) && known == Some(cursor.end)
             }
@@ -142,10 +153,41 @@ fn judge_chain(universe: &mut Universe, before: Option<&LedgerRecord>, next: &Le
     }
 }
 
+/// A backfill moves by its own microbatches alone, each from where the one before ended, and never beyond its frozen end;
+/// it comes and goes by a change that says so, or with offsets that a command moved.
+fn judge_backfills(universe: &mut Universe, before: &LedgerRecord, next: &LedgerRecord) {
+    for (name, lane, backfill) in next.backfills() {
+        let Some(known) = before.lanes.get(name) else {
+            universe.require(next.kind == Kind::Change, || {
+                format!("backfill {name} came with a {:?}", next.kind)
+            });
+            continue;
+        };
+        let served = next.kind == Kind::Data && next.batch_lane.as_deref() == Some(name);
+        for (place, cursor) in lane.cursors() {
+            let end = known.topics.get(&place.topic).and_then(|known| known.get(&place.partition));
+            let fine = match end.map(|known| known.end) {
+                Some(end) if served => cursor.start == end && cursor.end >= end,
+                end => end == Some(cursor.end),
+            };
+            let frozen = backfill.end(&place.topic, place.partition);
+            universe.require(fine && frozen.is_none_or(|frozen| cursor.end <= frozen), || {
+                format!("backfill {name} {place}: {cursor:?} follows {end:?}, frozen at {frozen:?}")
+            });
+        }
+    }
+    for name in before.active_backfills().filter(|name| !next.lanes.contains_key(*name)) {
+        let fine = matches!(next.kind, Kind::Change | Kind::Jump);
+        universe.require(fine, || format!("backfill {name} went with a {:?}", next.kind));
+    }
+}
+
 /// Adds what a microbatch took to the truth; gives the number of events.
 fn take(universe: &Universe, truth: &mut Truth, record: &LedgerRecord) -> u64 {
     let mut consumed = 0;
-    for (partition, cursor) in record.live().topics.get(TOPIC).into_iter().flatten() {
+    let lane = record.batch_lane.as_deref().unwrap_or(LIVE_LANE);
+    let topics = record.lanes.get(lane).map(|lane| &lane.topics);
+    for (partition, cursor) in topics.and_then(|topics| topics.get(TOPIC)).into_iter().flatten() {
         for (place, event) in universe.log.events(*partition, cursor.start.get(), cursor.end.get()) {
             consumed += 1;
             match event.kind {
@@ -188,9 +230,14 @@ fn judge_side(universe: &mut Universe, flight: &Flight, base: &Content, files: V
         format!("a row stands twice in the {} after batch {}", role.table_in_words(), mark.batch)
     });
     let content = universe.content(&main_ident());
-    // A table that was rolled back, or made anew, since its owner looked says nothing about this commit.
+    let before = inspect(&universe.tables[&flight.table].metadata).expect("a mark of ours");
+    let marked = before.map_or(0, |before| before.epoch).max(mark.epoch);
+    // A table that was rolled back, or made anew, since its owner looked says nothing about this commit. Nor does the fence
+    // of a replay until this side table is set back: then rows with keys leave it, and letters stay.
     let head = content.record.as_ref().filter(|record| {
-        record.job_id == mark.job_id && (record.epoch, record.batch) >= (mark.epoch, mark.batch)
+        let is_to_go_back = record.sides_back_to.is_some() && marked < record.epoch;
+        let is_followed = (record.epoch, record.batch) >= (mark.epoch, mark.batch);
+        record.job_id == mark.job_id && is_followed && !is_to_go_back
     });
     let has_generation = mark.generation.as_ref().is_none_or(|name| universe.landed.contains(name));
     universe.require(has_generation, || format!("side batch {} comes before main's", mark.batch));
@@ -229,6 +276,8 @@ pub(super) fn judge_end(universe: &mut Universe) {
             format!("topic partition {partition} is read to {end} of {}", log.records.len())
         });
     }
+    let waiting: Vec<_> = record.active_backfills().collect();
+    universe.require(waiting.is_empty(), || format!("backfills {waiting:?} were not read to their ends"));
     universe.require(record.released, || "the table was not given back".to_owned());
     let late = universe.content(&side_ident(Role::Late));
     let late: BTreeSet<Row> = late.rows().filter(|row| row.batch > Some(after(&record))).copied().collect();
@@ -237,8 +286,9 @@ pub(super) fn judge_end(universe: &mut Universe) {
     });
     let dead = universe.content(&side_ident(Role::DeadLetters));
     let letters: BTreeSet<Place> = rows(&dead.files).map(|row| row.place).collect();
-    universe.require(content.truth.letters.is_subset(&letters), || {
-        let missing: Vec<_> = content.truth.letters.difference(&letters).collect();
-        format!("letters {missing:?} were lost")
-    });
+    let missing: Vec<Place> = content.truth.letters.difference(&letters).copied().collect();
+    let missing: Vec<&Place> = missing.iter().filter(|place| !universe.given_up.contains(*place)).collect();
+    let is_whole = missing.is_empty();
+    let missing = format!("letters {missing:?} were lost");
+    universe.require(is_whole, || missing);
 }

@@ -14,12 +14,14 @@ use super::reading::{SimLife, tail_hash};
 use super::state::SimHome;
 use super::universe::{Shared, TOPIC, Universe};
 use super::world::{SimWorld, key_spec_hash};
-use crate::commit::ledger::{self, Cursor, DedupRecord, Found, Jump, Kind, LIVE_LANE, LedgerRecord, Others};
+use crate::commit::ledger::{
+    self, Change, Cursor, DedupRecord, Found, Jump, Kind, LIVE_LANE, LedgerRecord, Others, SideRecord,
+};
 use crate::commit::side::{self, Role};
 use crate::job::Repeats;
 use crate::offset::{NextOffset, TopicId, TopicPartition};
 use crate::protocol::start::{Allow, Facts, SideFacts};
-use crate::protocol::{self, Fence, Owner, Terms, stops};
+use crate::protocol::{self, Fence, LostSide, Owner, Terms, stops};
 use crate::source::OffsetRange;
 use crate::stop::{Reason, Stop};
 
@@ -56,6 +58,8 @@ pub(super) struct Orders {
     pub(super) batch_events: i64,
     /// Goes on when everything is read.
     pub(super) follows: bool,
+    /// Keeps its side tables small before each microbatch, on tables that it loads for that.
+    pub(super) keeps_up: bool,
 }
 
 fn terms(universe: &Universe, orders: &Orders) -> Terms {
@@ -182,7 +186,15 @@ pub(super) async fn live(shared: Shared, process: usize, orders: Orders) -> Resu
         (command, Some(record)) => Some(jumps(command, record, &source, &differing)),
         (_, None) => return Ok(()),
     };
-    if jumps.as_ref().is_some_and(Vec::is_empty) {
+    let lost = match (orders.command, &record) {
+        (Command::AcceptLoss, Some(record)) => protocol::lost_sides(&world, &sides, record).await?,
+        _ => Vec::new(),
+    };
+    if let Some(lost) = lost.iter().find(|lost| lost.role.holds_keys()) {
+        // Before the fence, which writes the property anew: without the list, if that is what is lost.
+        return Err(lost.stop(&terms.job_shown));
+    }
+    if jumps.as_ref().is_some_and(Vec::is_empty) && lost.is_empty() {
         return Ok(());
     }
     let starts = source.starts(record.as_ref());
@@ -200,9 +212,14 @@ pub(super) async fn live(shared: Shared, process: usize, orders: Orders) -> Resu
         cluster_id: Some(source.cluster_id.clone()),
         topic_ids: source.topic_ids.clone(),
         starts: starts.clone(),
+        bears_lost_files: orders.command == Command::AcceptLoss,
     };
     let mut owner = Owner::take(world, fence).await?;
     if let Some(jumps) = jumps {
+        let given_up = give_up(&mut owner).await;
+        if given_up.is_err() || jumps.is_empty() {
+            return owner.end(given_up).await;
+        }
         return jump(owner, jumps, &source).await;
     }
     let state = protocol::open_state(&mut owner, &mut SimHome { tables }).await?;
@@ -247,7 +264,8 @@ fn nothing_to_do(
     let read = source.offsets.iter().all(|(name, range)| starts[name] >= range.end);
     let lacks =
         main.is_some_and(|main| (main.0.current_schema().as_struct().fields().len() as i32) < columns);
-    read && record.released && !record.owes_side_files() && !lacks
+    let waits = record.active_backfills().next().is_some();
+    read && record.released && !record.owes_side_files() && !lacks && !waits
 }
 
 /// Topic partitions whose last record taken is another one now.
@@ -287,6 +305,25 @@ fn jumps(command: Command, record: &LedgerRecord, source: &Source, differing: &B
     jumps
 }
 
+/// As `accept-loss` goes on without letters whose files are gone.
+async fn give_up(owner: &mut Owner<SimWorld>) -> Result<(), Stop> {
+    let lost = owner.lost_sides().await?;
+    if lost.is_empty() {
+        return owner.forward_sides().await;
+    }
+    if let Some(lost) = lost.iter().find(|lost| lost.role.holds_keys()) {
+        return Err(lost.stop("job.toml"));
+    }
+    let known = &owner.record.sides;
+    let left = |lost: LostSide| {
+        (lost.role, SideRecord { files: Some(lost.whole), ..known[lost.role.name()].clone() })
+    };
+    let instead = lost.into_iter().map(left).collect();
+    owner.owe_instead(instead, Change { by: "accept-loss".to_owned(), what: "letters".to_owned() }).await?;
+    owner.world.shared().borrow_mut().hit("lost letters given up");
+    Ok(())
+}
+
 async fn jump(mut owner: Owner<SimWorld>, jumps: Vec<Jump>, source: &Source) -> Result<(), Stop> {
     let mut next = LedgerRecord {
         kind: Kind::Jump,
@@ -296,6 +333,12 @@ async fn jump(mut owner: Owner<SimWorld>, jumps: Vec<Jump>, source: &Source) -> 
         released: true,
         ..owner.record.clone()
     };
+    let is_moved = |name: &TopicPartition| jumps.iter().any(|jump| jump.partition == name.partition);
+    if jumps.iter().any(|jump| jump.reason == format!("{:?}", Command::Rebase)) {
+        // As the pipeline: their offsets are those of another log.
+        next.lanes
+            .retain(|_, lane| lane.backfill.is_none() || !lane.cursors().any(|(name, _)| is_moved(&name)));
+    }
     let lane = next.lanes.entry(LIVE_LANE.to_owned()).or_default();
     for jump in jumps {
         let cursor = Cursor { start: jump.new_start, end: jump.new_start, tail: None, max_event_time: None };

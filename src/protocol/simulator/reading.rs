@@ -11,9 +11,11 @@ use serde_json::json;
 use super::catalog::turn;
 use super::process::{Orders, side_ident};
 use super::state::SimState;
-use super::universe::{Event, EventKind, File, Place, Row, TOPIC};
+use super::universe::{Event, EventKind, File, Log, Place, Row, TOPIC, WORLD};
 use super::world::SimWorld;
-use crate::commit::ledger::{self, LIVE_LANE, Tail};
+use crate::commit::ledger::{
+    self, Backfill, Change, Cursor, Kind, LIVE_LANE, Lane, LaneState, LedgerRecord, Tail,
+};
 use crate::commit::side::{self, Role};
 use crate::commit::upkeep::Upkeep;
 use crate::counts::Counts;
@@ -84,12 +86,14 @@ impl Life for SimLife {
     }
 
     async fn turn(&mut self) -> Result<bool, Stop> {
-        Ok(self.has_more())
+        self.take_up_requests().await?;
+        Ok(self.has_more() || self.owner.record.active_backfills().next().is_some())
     }
 
     async fn maintain(&mut self) -> Result<(), Stop> {
         let shared = Rc::clone(&self.state.tables.shared);
-        if !shared.borrow_mut().chance(100) {
+        let keeps_up = self.orders.keeps_up;
+        if !keeps_up && !shared.borrow_mut().chance(100) {
             return Ok(());
         }
         let upkeep = || Upkeep {
@@ -100,8 +104,10 @@ impl Life for SimLife {
             beyond: None,
         };
         self.owner.reload().await?;
-        self.owner.keep_up_main(upkeep()).await?;
-        shared.borrow_mut().hit("main maintained by its owner");
+        if !keeps_up {
+            self.owner.keep_up_main(upkeep()).await?;
+            shared.borrow_mut().hit("main maintained by its owner");
+        }
         for role in Role::ALL {
             let mark = side::inspect(&self.owner.side(role).0);
             if let Some(mark) = mark.map_err(|error| stops::ledger(&side_ident(role), error))? {
@@ -128,12 +134,14 @@ impl Life for SimLife {
             let content = universe.content_of(&self.owner.side(Role::DeadLetters).0);
             content.files.iter().flat_map(|file| file.rows.iter().map(|row| row.place)).collect()
         };
-        for partition in 0..self.spans.len() {
-            let (first, start, last) = self.spans[partition];
+        let lane = self.choose_lane();
+        let spans = self.spans_of(&lane);
+        for (partition, (first, start, last)) in spans {
             let most = 1 + shared.borrow_mut().choose(self.orders.batch_events as usize) as i64;
             let end = last.min(start + most);
             let universe = shared.borrow();
-            if start < end && start < universe.log.partitions[partition].low {
+            // What retention took from a backfill is still there in this world: only the live lane is to stop for it.
+            if lane == LIVE_LANE && start < end && start < universe.log.partitions[partition].low {
                 return Err(Stop::new(Reason::OffsetsLost, "records were removed", "accept-loss"));
             }
             let events: Vec<_> = universe.log.events(partition as i32, start, end).collect();
@@ -165,7 +173,9 @@ impl Life for SimLife {
             let tail = events
                 .last()
                 .map(|(place, event)| Tail { offset: place.2, hash: tail_hash(*place, Some(*event)) });
-            self.spans[partition].1 = end;
+            if lane == LIVE_LANE {
+                self.spans[partition].1 = end;
+            }
             reached.push(Reached {
                 name: TopicPartition::new(TOPIC, partition as i32),
                 first: NextOffset::at(first),
@@ -190,11 +200,11 @@ impl Life for SimLife {
             attempt,
             cut_time_ms: self.state.tables.now_ms(),
             counts,
-            lane: LIVE_LANE.to_owned(),
+            last: !self.orders.follows && !self.has_more() && self.is_only_work(&lane),
+            lane,
             watermark: None,
             reached,
             requeue: None,
-            last: !self.orders.follows && !self.has_more(),
         };
         Ok(Some(Built { cut, files: main.into_iter().collect(), owed }))
     }
@@ -219,6 +229,95 @@ impl Life for SimLife {
             universe.hit("batch landed after it was sent again");
         }
     }
+}
+
+/// Lanes: the live one, and backfills that read again what it has read.
+impl SimLife {
+    /// A person asks for a backfill of what live has taken, or drops one.
+    async fn take_up_requests(&mut self) -> Result<(), Stop> {
+        let shared = Rc::clone(&self.state.tables.shared);
+        let registers = shared.borrow_mut().chance(60);
+        let drops = shared.borrow_mut().chance(10);
+        let mut next = LedgerRecord { kind: Kind::Change, jumps: Vec::new(), ..self.owner.record.clone() };
+        let open: Vec<String> = next.active_backfills().cloned().collect();
+        let what = match open.last() {
+            Some(lane) if drops => {
+                next.lanes.remove(lane);
+                "backfill dropped"
+            }
+            None if registers => {
+                let number = shared.borrow_mut().next_number(WORLD);
+                let lane = backfill(&shared.borrow().log, next.live());
+                next.tidy_lanes();
+                next.lanes.insert(format!("backfill-{number:012}"), lane);
+                "backfill registered"
+            }
+            _ => return Ok(()),
+        };
+        next.change = Some(Change { by: "backfill".to_owned(), what: what.to_owned() });
+        self.owner.commit(next, Vec::new()).await?;
+        shared.borrow_mut().hit(what);
+        Ok(())
+    }
+
+    /// The lane of the next microbatch.
+    fn choose_lane(&self) -> String {
+        let backfills = self.owner.record.active_backfills().cloned();
+        let live = self.has_more().then(|| LIVE_LANE.to_owned());
+        let lanes: Vec<String> = live.into_iter().chain(backfills).collect();
+        let mut universe = self.state.tables.shared.borrow_mut();
+        // A heartbeat may ask for a microbatch of nothing.
+        match lanes.len() {
+            0 => LIVE_LANE.to_owned(),
+            count => lanes[universe.choose(count)].clone(),
+        }
+    }
+
+    /// Where a lane began, is and ends, by topic partition.
+    fn spans_of(&self, lane: &str) -> Vec<(usize, (i64, i64, i64))> {
+        if lane == LIVE_LANE {
+            return self.spans.iter().copied().enumerate().collect();
+        }
+        let lane = &self.owner.record.lanes[lane];
+        let ends = lane.backfill.iter();
+        let end =
+            |name: &TopicPartition| ends.clone().find_map(|known| known.end(&name.topic, name.partition));
+        let span = |(name, cursor): (TopicPartition, &Cursor)| {
+            let (at, end) = (cursor.end.get(), end(&name).unwrap_or(cursor.end).get());
+            (name.partition as usize, (at, at, end))
+        };
+        lane.cursors().map(span).collect()
+    }
+
+    /// Whether nothing but the live lane has work: that a backfill is done is known only once it is committed.
+    fn is_only_work(&self, lane: &str) -> bool {
+        lane == LIVE_LANE && self.owner.record.active_backfills().next().is_none()
+    }
+}
+
+/// A backfill of everything that a lane has taken and retention has left.
+fn backfill(log: &Log, live: &Lane) -> Lane {
+    let (mut cursors, mut ends) = (BTreeMap::new(), BTreeMap::new());
+    for (partition, cursor) in live.topics.get(TOPIC).into_iter().flatten() {
+        let low = log.partitions.get(*partition as usize).map_or(0, |partition| partition.low);
+        let start = NextOffset::at(low.min(cursor.end.get()));
+        cursors.insert(*partition, Cursor { start, end: start, tail: None, max_event_time: None });
+        ends.insert(*partition, cursor.end);
+    }
+    let of_topic = |cursors| BTreeMap::from([(TOPIC.to_owned(), cursors)]);
+    let backfill = Backfill {
+        from_ms: 0,
+        to_ms: None,
+        state: LaneState::Active,
+        ends: BTreeMap::from([(TOPIC.to_owned(), ends)]),
+        counts: Counts::default(),
+        letters_ratio_max: None,
+    };
+    let mut lane = Lane { watermark: None, topics: of_topic(cursors), backfill: Some(backfill) };
+    if lane.offsets_left() == 0 {
+        lane.backfill.iter_mut().for_each(|backfill| backfill.state = LaneState::Done);
+    }
+    lane
 }
 
 /// Most topic partitions of a log that grows.
@@ -248,7 +347,8 @@ impl Endless for SimLife {
         loop {
             turn(&shared).await;
             self.look();
-            if self.has_more() {
+            self.take_up_requests().await?;
+            if self.has_more() || self.owner.record.active_backfills().next().is_some() {
                 return Ok(Next::Microbatch);
             }
             let is_calm = !shared.borrow().is_faulty;

@@ -144,6 +144,7 @@ fn orders() -> Orders {
         skew_ms: 0,
         batch_events: 4,
         follows: false,
+        keeps_up: false,
     }
 }
 
@@ -252,7 +253,8 @@ fn a_zombie_of_a_replay_takes_no_late_rows_back_that_its_successor_wrote() {
 fn a_living_owner_does_not_go_on_from_a_table_that_was_rolled_back_and_whose_history_was_expired() {
     let mut scene = Scene::new();
     scene.produce(&[ON_TIME]);
-    let mut owner = scene.start(0, Orders { follows: true, ..orders() });
+    // Before its next microbatch it loads its tables again, and has judged none of what it finds.
+    let mut owner = scene.start(0, Orders { follows: true, keeps_up: true, ..orders() });
     scene.until(&mut owner, "batch landed");
     let main = main_ident();
     let parent = {
@@ -262,6 +264,24 @@ fn a_living_owner_does_not_go_on_from_a_table_that_was_rolled_back_and_whose_his
     append_and_expire(&scene, Some(parent));
     scene.produce(&[(3, EventKind::OnTime)]);
     assert_eq!(reason(scene.end(owner)), Reason::TableRolledBack);
+}
+
+#[test]
+fn a_zombie_keeps_no_side_table_small_that_its_successor_has_marked() {
+    let mut scene = Scene::new();
+    scene.produce(&[LATE]);
+    let mut zombie = scene.start(0, Orders { follows: true, keeps_up: true, ..orders() });
+    scene.until(&mut zombie, "batch landed");
+    scene.produce(&[(3, EventKind::Late)]);
+    scene.run(1, orders()).unwrap();
+    let head = || {
+        let universe = scene.shared.borrow();
+        universe.tables[&side_ident(Role::Late)].metadata.current_snapshot_id()
+    };
+    let marked = head();
+    scene.produce(&[(4, EventKind::Late)]);
+    assert_eq!(reason(scene.end(zombie)), Reason::Fenced);
+    assert_eq!(head(), marked);
 }
 
 #[test]
@@ -291,4 +311,39 @@ fn append_and_expire(scene: &Scene, back_to: Option<i64>) {
     files.push(File { path: format!("foreign/{}", files.len()), rows: Rc::new(vec![row]) });
     universe.foreign_commit(&main, files);
     universe.expire(&main, 1);
+}
+
+#[test]
+fn files_of_a_batch_that_was_rolled_back_may_land_until_their_table_is_set_back() {
+    // So many steps after the fence: around the load, the set-back and its answer, of either table.
+    for (kind, steps) in (0..20).flat_map(|steps| [(EventKind::Bad, steps), (EventKind::Late, steps)]) {
+        let mut scene = Scene::new();
+        scene.produce(&[ON_TIME]);
+        scene.run(0, orders()).unwrap();
+        let first = scene.snapshot_of_batch(1);
+        scene.produce(&[(3, kind)]);
+        let mut killed = scene.start(0, orders());
+        scene.until(&mut killed, "sides_sent");
+        while scene.shared.borrow().flights.is_empty() {
+            assert!(scene.step(&mut killed).is_none());
+        }
+        scene.kill(killed);
+        scene.shared.borrow_mut().set_current(&main_ident(), first);
+        let replaying = Orders { replay: true, ..orders() };
+        let mut next = scene.start(0, replaying);
+        scene.until(&mut next, "fenced");
+        for _ in 0..steps {
+            assert!(scene.step(&mut next).is_none());
+        }
+        {
+            let mut universe = scene.shared.borrow_mut();
+            // The eldest; refused once the table was marked.
+            let held = universe.flights.remove(0);
+            _ = universe.apply(&held);
+        }
+        // TABLE_CHANGED where the head was loaded before the request landed.
+        _ = scene.end(next);
+        scene.run(0, replaying).unwrap();
+        scene.is_whole();
+    }
 }

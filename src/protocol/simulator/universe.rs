@@ -121,6 +121,8 @@ pub(super) struct Truth {
     pub(super) late: BTreeSet<Row>,
     /// Places of all letters.
     pub(super) letters: BTreeSet<Place>,
+    /// Those of the last microbatch.
+    pub(super) letters_owed: BTreeSet<Place>,
 }
 
 /// What a snapshot stands for.
@@ -255,6 +257,10 @@ pub(super) struct Universe {
     pub(super) stored: BTreeMap<String, bool>,
     /// Every data file ever written, by path.
     pub(super) files: HashMap<String, File>,
+    /// Files that a living process saw there: it may be about to send a request that names them.
+    pub(super) looked_at: BTreeSet<(usize, String)>,
+    /// Letters without which a person went on, because their files were gone.
+    pub(super) given_up: BTreeSet<Place>,
     /// Paths that a request or a record that was sent names.
     pub(super) sent_paths: BTreeSet<String>,
     pub(super) folders: Vec<Folder>,
@@ -298,6 +304,8 @@ impl Universe {
             dropped: Vec::new(),
             stored: BTreeMap::new(),
             files: HashMap::new(),
+            looked_at: BTreeSet::new(),
+            given_up: BTreeSet::new(),
             sent_paths: BTreeSet::new(),
             folders: Vec::new(),
             landed: BTreeSet::new(),

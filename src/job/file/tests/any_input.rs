@@ -45,6 +45,7 @@ fn field_path() -> impl Strategy<Value = String> {
         "version",
         "name",
         "memory",
+        "threads",
         "state_dir",
         "source",
         "source.kafka",
