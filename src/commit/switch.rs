@@ -193,6 +193,8 @@ pub(crate) async fn set_property(
             return Err(SwitchError::Refused { table, sends, definite: false, source });
         }
         if sent.is_err() {
+            // Another's commit came first, or the answer is not known: the head that is loaded next tells, and longer waits
+            // let a catalog that is away recover.
             tokio::time::sleep(Duration::from_millis(200) * sends).await;
         }
     }

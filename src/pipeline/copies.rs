@@ -66,7 +66,7 @@ const PARTS_MAX: u64 = 9_000;
 const CANDIDATES_MAX: usize = 3;
 /// Folder in the state folder where a copy arrives.
 const ARRIVING: &str = "arriving";
-/// Between two looks for an interrupt while the last copy is finished.
+/// Between two looks for an interrupt while the last copy is finished: a signal is only a flag, nothing wakes who waits.
 const FINISH_LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Why a copy was not made or not taken.
@@ -248,6 +248,7 @@ impl Pace {
     /// Waits until so many bytes more are due.
     async fn wait(&mut self, bytes: u64) {
         self.bytes += bytes;
+        // A rate is what is asked for: the time itself is the condition.
         let due = Duration::from_secs_f64(self.bytes as f64 / self.bytes_per_second as f64);
         tokio::time::sleep(due.saturating_sub(self.begun.elapsed())).await;
     }

@@ -72,6 +72,7 @@ impl Tables for CatalogTables {
         chrono::Utc::now().timestamp_millis()
     }
 
+    /// For the protocol, which says what it waits for; the simulator has a clock of its own.
     async fn wait(&self, time: Duration) {
         tokio::time::sleep(time).await;
     }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from job import Running
+from services import wait_until
 
 # In the order of one life: those of the start, those of each microbatch, those of the end. Every commit names itself
 # `main_sent` and `main_landed` in the trace; a fence and a release are told apart from a microbatch by where they stand.
@@ -63,11 +63,8 @@ class Trace:
         self, phase: str, times: int, child: Running, timeout_s: float = 120.0, pause_s: float = 0.0002
     ) -> bool:
         """Watches closely, unless told to pause longer, until `phase` was passed so often; false if the program ended before."""
-        deadline = time.monotonic() + timeout_s
-        while self.phases().count(phase) < times:
-            if child.poll() is not None:
-                return self.phases().count(phase) >= times
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{phase} was not passed {times} times in {timeout_s} s: {self.phases()}")
-            time.sleep(pause_s)
-        return True
+        wait_until(
+            f"{times} times {phase}",
+            lambda: child.poll() is not None or self.phases().count(phase) >= times, timeout_s, pause_s,
+        )  # fmt: skip
+        return self.phases().count(phase) >= times

@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 import signal
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from conftest import Corner
 from events import NOW_MS, event
 from hands import forget_history
 from job import COLUMNS, Job, binary, started, tidemill
+from services import wait_until
 from sweep import KILLED, SOURCE_AWAY, Scene, report
 from truth import start_offsets
 
@@ -448,9 +448,12 @@ def test_a_kill_after_rows_were_looked_for_in_a_cut_off_history_leaves_the_table
     # the third microbatch is cut; of the second and its rows nothing but the property tells when others are done
     points = {"TIDEMILL_STOP_AT": "data_files_closed:3", "TIDEMILL_CRASH_AT": "rows_looked_up"}
     with started("run", job.path, "--json", environment=points) as running:
-        while not running.is_stopped():
+
+        def is_stopped() -> bool:
             assert running.poll() is None, running.output()
-            time.sleep(0.05)
+            return running.is_stopped()
+
+        wait_until("its stop", is_stopped)
         forget_history(job)
         running.send(signal.SIGCONT)
         assert running.wait() == KILLED, running.output()

@@ -20,14 +20,12 @@ use tidemill::pipeline::{Wish, requests};
 use tidemill::source::STALL_AFTER_DEFAULT;
 
 use super::*;
+use crate::wait::{self, WAIT_MAX};
 
 const PARTITIONS: u32 = 4;
 /// Begin and end of the range, in minutes.
 const FROM: i64 = 1_000;
 const TO: i64 = 2_000;
-/// Longest wait for a process.
-const WAIT_MAX: Duration = Duration::from_secs(120);
-
 /// A record as an independent consumer found it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Logged {
@@ -81,6 +79,14 @@ impl Small {
             self.producer.send(record).unwrap();
         }
         self.producer.flush(Duration::from_secs(30)).unwrap();
+    }
+
+    /// A job that begins after a log of which each second record is no event.
+    fn half_bad() -> Self {
+        let job = Self::partitioned("window = \"30 days\"", PARTITIONS);
+        job.send_half_bad();
+        job.run_noting(&[LATEST]).0.unwrap();
+        job
     }
 
     /// Everything in the log, by a plain consumer.
@@ -167,20 +173,13 @@ impl Small {
 
     /// Waits until the table has such a property.
     fn await_property(&self, prefix: &str) {
-        let begun = Instant::now();
-        while !self.table().metadata().properties().keys().any(|name| name.starts_with(prefix)) {
-            assert!(begun.elapsed() < WAIT_MAX, "nobody set {prefix}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let is_set = || self.table().metadata().properties().keys().any(|name| name.starts_with(prefix));
+        wait::until(is_set, || format!("nobody set {prefix}"));
     }
 
     /// Waits until the ledger says so.
     fn await_record(&self, holds: impl Fn(&LedgerRecord) -> bool) {
-        let begun = Instant::now();
-        while !holds(&self.record()) {
-            assert!(begun.elapsed() < WAIT_MAX, "{:?}", self.record());
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        wait::until(|| holds(&self.record()), || format!("{:?}", self.record()));
     }
 
     fn table(&self) -> iceberg::table::Table {
@@ -550,9 +549,7 @@ fn a_backfill_that_gives_nothing_commits_what_it_read_and_does_not_keep_live_fro
 
 #[test]
 fn a_backfill_that_trips_the_brake_is_paused_by_name_and_live_goes_on() {
-    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
-    job.send_half_bad();
-    job.run_noting(&[LATEST]).0.unwrap();
+    let job = Small::half_bad();
     // A batch so small that it says little.
     job.begin("june", &[SMALL_BATCHES], Some(1));
     job.send_to(3, (0..10).map(|n| (format!("new-{n}"), 2_999)));
@@ -578,9 +575,7 @@ fn a_backfill_that_trips_the_brake_is_paused_by_name_and_live_goes_on() {
 
 #[test]
 fn a_backfill_that_tripped_the_brake_of_a_run_without_end_goes_on_by_the_command_that_was_named() {
-    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
-    job.send_half_bad();
-    job.run_noting(&[LATEST]).0.unwrap();
+    let job = Small::half_bad();
     job.begin("june", &[SMALL_BATCHES], Some(1));
     let owner = job.start(&["run", "--continuous", "--set", "microbatch.max_interval=1 second"], &[]);
     let state = |record: &LedgerRecord| record.backfills().next().map(|(_, _, backfill)| backfill.state);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tidemill::commit::ledger::Kind;
 
 use super::*;
+use crate::wait;
 
 /// Longest wait for an event that must come.
 const EVENT_TIME_MAX: Duration = Duration::from_secs(120);
@@ -187,10 +188,8 @@ fn a_topic_at_rest_renews_the_lease_and_nothing_else() {
         job.send(&[("a", 0)]);
         running.await_consumed(1);
         let before = job.record();
-        while job.record().sequence < before.sequence + 2 {
-            // The table itself shows when the second heartbeat has come.
-            thread::sleep(Duration::from_millis(100));
-        }
+        // The table itself shows when the second heartbeat has come.
+        wait::until(|| job.record().sequence >= before.sequence + 2, || format!("{:?}", job.record()));
         let now = job.record();
         assert_eq!((now.kind, now.batch, now.epoch), (Kind::Renewal, before.batch, before.epoch));
         assert!(now.lease_until_ms > before.lease_until_ms && !now.released);
@@ -222,10 +221,8 @@ fn a_broker_that_goes_away_is_said_once_and_the_run_goes_on_when_it_is_back() {
         assert_eq!(reason, "SOURCE_AWAY");
         let epoch = job.record().epoch;
         let sequence = job.record().sequence;
-        while job.record().sequence == sequence {
-            // Until a heartbeat: the owner keeps its table while the broker is away.
-            thread::sleep(Duration::from_millis(100));
-        }
+        // Until a heartbeat: the owner keeps its table while the broker is away.
+        wait::until(|| job.record().sequence != sequence, || format!("{:?}", job.record()));
         job.broker.set_away(false).unwrap();
         let again = running.await_event("return", |event| match event {
             Event::Away { .. } => Some(true),

@@ -3,14 +3,11 @@
 //! The program is a process of its own beside the in-process broker, so that what it held in memory is truly gone.
 
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
 
 use tidemill::commit::ledger::Kind;
 
 use super::*;
-
-/// Longest wait for a process to stop or end.
-const WAIT_MAX: Duration = Duration::from_secs(120);
+use crate::wait;
 
 impl Bench {
     /// Starts the program with one variable of `src/faults.rs` set.
@@ -54,32 +51,21 @@ fn killed_at(point: &str, child: Child) {
 
 /// Waits for the end of a process.
 pub(crate) fn ended(mut child: Child) -> ExitStatus {
-    let begun = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
-        }
-        if begun.elapsed() > WAIT_MAX {
-            child.kill().unwrap();
-            panic!("the program did not end");
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait::within(|| child.try_wait().unwrap()).unwrap_or_else(|| {
+        child.kill().unwrap();
+        panic!("the program did not end")
+    })
 }
 
 /// Waits until a process has stopped itself.
 pub(crate) fn stopped(child: &Child) {
-    let begun = Instant::now();
-    loop {
+    let is_stopped = || {
         let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
         let state = stat.rsplit_once(") ").unwrap().1.chars().next();
-        match state {
-            Some('T') => return,
-            Some('Z') => panic!("the program ended before its point"),
-            _ => assert!(begun.elapsed() < WAIT_MAX, "the program did not reach its point"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+        assert_ne!(state, Some('Z'), "the program ended before its point");
+        state == Some('T')
+    };
+    wait::until(is_stopped, || "the program did not reach its point".to_owned());
 }
 
 fn signal(child: &Child, name: &str) {

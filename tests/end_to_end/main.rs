@@ -15,6 +15,7 @@ mod savepoints;
 #[cfg(feature = "faults")]
 mod sides;
 mod start_table;
+mod wait;
 
 use std::collections::BTreeMap;
 use std::fs;

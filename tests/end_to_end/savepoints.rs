@@ -277,15 +277,10 @@ fn a_savepoint_of_another_key_or_other_topics_is_not_gone_back_to() {
 mod kills {
     use std::os::unix::process::ExitStatusExt;
     use std::process::{Child, Command, Stdio};
-    use std::time::Instant;
-
     use tidemill::commit::request::PREFIX;
 
     use super::*;
-    use crate::deaths;
-
-    /// Guards against a test that would hang; nothing takes so long.
-    const WAIT_MAX: Duration = Duration::from_secs(300);
+    use crate::{deaths, wait};
 
     impl Bench {
         /// Starts a command beside the test: its words before the job and those after it.
@@ -297,15 +292,11 @@ mod kills {
 
         /// Waits until so many requests stand in the table.
         fn await_requests(&self, count: usize) {
-            let begun = Instant::now();
             let stand = || {
                 let table = self.table();
                 table.metadata().properties().keys().filter(|name| name.starts_with(PREFIX)).count()
             };
-            while stand() < count {
-                assert!(begun.elapsed() < WAIT_MAX, "{} of {count} requests were made", stand());
-                std::thread::sleep(Duration::from_millis(50));
-            }
+            wait::until(|| stand() >= count, || format!("{} of {count} requests were made", stand()));
         }
 
         /// Runs `savepoint` until it kills itself at a point; gives whether it did.

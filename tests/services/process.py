@@ -51,6 +51,7 @@ def wait_until(what: str, condition: Callable[[], T | None], timeout_s: float = 
             return answer
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout_s:.0f} s in vain: {what}")
+        # programs and tables of others tell nobody that they changed: they are asked again
         time.sleep(pause_s)
 
 

@@ -121,9 +121,10 @@ class Proxy:
         self._is_up.set()
         self._loop.run_forever()
         server.close()
-        for task in asyncio.all_tasks(self._loop):
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -182,6 +183,7 @@ class Proxy:
             await self._lifted.wait()
             return False
         if fault.kind == "delay":
+            # the time is the fault, here and where it is slow
             await asyncio.sleep(fault.delay_s)
         if fault.kind in ("status before", "garbage before"):
             answer = self._answer(fault, request)
