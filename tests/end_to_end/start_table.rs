@@ -18,6 +18,9 @@ use tidemill::sink::writer::TableWriter;
 
 use super::*;
 
+/// Where [`Small::without_ledger`] stands.
+const MOVED: [&str; 1] = ["sink.iceberg.table=demo.copy"];
+
 pub(super) fn yes(_question: &str) -> Result<(), Stop> {
     Ok(())
 }
@@ -74,6 +77,15 @@ impl Small {
 
     async fn catalog(&self) -> std::sync::Arc<dyn Catalog> {
         catalog::connect(&self.load(&[]).job.sink.catalog).await.unwrap()
+    }
+
+    /// Three rows and a repeat of two microbatches, in a table that was copied without its properties: [`MOVED`].
+    fn without_ledger() -> Self {
+        let job = Self::new("window = \"1 hour\"");
+        job.counts(&[("a", 0), ("b", 5)], &[]);
+        job.counts(&[("c", 9), ("a", 0)], &[]);
+        job.copy_table("demo.small", "demo.copy");
+        job
     }
 
     /// A table with the rows of another one and nothing else of it, as a copy into another catalog leaves it.
@@ -213,18 +225,14 @@ fn rows_that_were_passed_over_do_not_count_as_seen_after_a_rebuild_either() {
 
 #[test]
 fn a_lost_ledger_is_made_again_from_the_rows_and_the_state_folder() {
-    let job = Small::new("window = \"1 hour\"");
-    job.counts(&[("a", 0), ("b", 5)], &[]);
-    job.counts(&[("c", 9), ("a", 0)], &[]);
+    let job = Small::without_ledger();
     let lost = job.record();
-    job.copy_table("demo.small", "demo.copy");
-    let moved = ["sink.iceberg.table=demo.copy"];
 
-    let stop = job.stop_of(&moved);
+    let stop = job.stop_of(&MOVED);
     assert_eq!(stop.reason, Reason::LedgerLost);
-    let done = job.follow(&stop, "state adopt", &moved);
+    let done = job.follow(&stop, "state adopt", &MOVED);
     assert_eq!((done.state.keys, done.state.rows_read), (3, 3), "{done:?}");
-    let record = job.record_of(&moved);
+    let record = job.record_of(&MOVED);
     assert_eq!((record.job_id, record.batch), (lost.job_id, 2));
     assert_eq!((record.dedup.keys, &record.dedup.digest), (lost.dedup.keys, &lost.dedup.digest));
     assert_eq!(
@@ -232,8 +240,8 @@ fn a_lost_ledger_is_made_again_from_the_rows_and_the_state_folder() {
         0,
         "rows do not say how far the topic was read"
     );
-    assert_eq!(job.counts(&[("c", 9), ("d", 10)], &moved), (1, 5), "what has a row is a repeat");
-    assert_eq!(job.record_of(&moved).cursor("events", 0).unwrap().end.get(), 6);
+    assert_eq!(job.counts(&[("c", 9), ("d", 10)], &MOVED), (1, 5), "what has a row is a repeat");
+    assert_eq!(job.record_of(&MOVED).cursor("events", 0).unwrap().end.get(), 6);
 }
 
 #[test]
@@ -256,13 +264,12 @@ fn rows_of_others_that_counted_as_seen_do_so_under_a_ledger_that_is_made_again()
     job.follow(&job.stop_of(&[]), "state adopt-rows", &[]);
     assert_eq!(job.counts(&[("a", 0), ("b", 5), ("c", 9)], &[]), (1, 2));
     job.copy_table("demo.small", "demo.copy");
-    let moved = ["sink.iceberg.table=demo.copy"];
-    let unsaid = job.command("state adopt", &moved).unwrap_err();
+    let unsaid = job.command("state adopt", &MOVED).unwrap_err();
     assert_eq!(unsaid.reason, Reason::Usage);
     assert!(unsaid.what.contains("has 2 rows that this job did not write"), "{}", unsaid.what);
-    let done = job.command("state adopt --rows-of-others seen", &moved).unwrap();
+    let done = job.command("state adopt --rows-of-others seen", &MOVED).unwrap();
     assert_eq!((done.state.keys, done.state.keys_of_others, done.notes.len()), (3, 2, 1), "{done:?}");
-    assert_eq!(job.counts(&[("d", 10)], &moved), (1, 3), "a and b are in the topic too");
+    assert_eq!(job.counts(&[("d", 10)], &MOVED), (1, 3), "a and b are in the topic too");
 }
 
 #[test]
@@ -271,10 +278,9 @@ fn rows_of_others_that_were_passed_over_are_so_under_a_ledger_that_is_made_again
     job.counts(&[("c", 9)], &[]);
     job.rows_by_another(&[("a", 0)]);
     job.copy_table("demo.small", "demo.copy");
-    let moved = ["sink.iceberg.table=demo.copy"];
-    assert_eq!(job.command("state adopt", &moved).unwrap_err().reason, Reason::Usage);
-    job.command("state adopt --rows-of-others unseen", &moved).unwrap();
-    assert_eq!(job.counts(&[("a", 0)], &moved), (1, 1));
+    assert_eq!(job.command("state adopt", &MOVED).unwrap_err().reason, Reason::Usage);
+    job.command("state adopt --rows-of-others unseen", &MOVED).unwrap();
+    assert_eq!(job.counts(&[("a", 0)], &MOVED), (1, 1));
 }
 
 #[test]
@@ -294,34 +300,26 @@ fn a_ledger_that_is_made_again_begins_no_later_than_its_first_row_whatever_a_sta
 #[cfg(feature = "faults")]
 #[test]
 fn a_ledger_whose_state_could_not_be_made_again_is_made_again_in_another_way() {
-    let job = Small::new("window = \"1 hour\"");
-    job.counts(&[("a", 0), ("b", 5)], &[]);
-    job.counts(&[("c", 9), ("a", 0)], &[]);
-    job.copy_table("demo.small", "demo.copy");
-    let moved = ["sink.iceberg.table=demo.copy"];
+    let job = Small::without_ledger();
     let mut adopt = std::process::Command::new(env!("CARGO_BIN_EXE_tidemill"));
-    adopt.args(["state", "adopt", "--yes", "--set", moved[0]]).arg(job.folder.path().join("job.toml"));
+    adopt.args(["state", "adopt", "--yes", "--set", MOVED[0]]).arg(job.folder.path().join("job.toml"));
     adopt.env("TIDEMILL_CRASH_AT", "rebuild_keys_read").stderr(std::process::Stdio::null());
     assert!(!deaths::ended(adopt.spawn().unwrap()).success());
-    let begun = job.record_of(&moved);
+    let begun = job.record_of(&MOVED);
     assert!(begun.lacks_generation() && begun.cursor("events", 0).unwrap().end.get() == 0);
-    job.command("state adopt --after-last-row", &moved).unwrap();
-    assert_eq!(job.record_of(&moved).cursor("events", 0).unwrap().end.get(), 3);
-    assert_eq!(job.command("state adopt", &moved).unwrap_err().reason, Reason::Usage);
-    assert_eq!(job.counts(&[("c", 9), ("d", 10)], &moved), (1, 2), "the repeat after it is read again");
+    job.command("state adopt --after-last-row", &MOVED).unwrap();
+    assert_eq!(job.record_of(&MOVED).cursor("events", 0).unwrap().end.get(), 3);
+    assert_eq!(job.command("state adopt", &MOVED).unwrap_err().reason, Reason::Usage);
+    assert_eq!(job.counts(&[("c", 9), ("d", 10)], &MOVED), (1, 2), "the repeat after it is read again");
 }
 
 #[test]
 fn a_ledger_that_is_made_again_goes_on_after_the_last_row_if_the_user_says_so() {
-    let job = Small::new("window = \"1 hour\"");
-    job.counts(&[("a", 0), ("b", 5)], &[]);
-    job.counts(&[("c", 9), ("a", 0)], &[]);
-    job.copy_table("demo.small", "demo.copy");
-    let moved = ["sink.iceberg.table=demo.copy"];
-    job.command("state adopt --after-last-row", &moved).unwrap();
-    let cursor = *job.record_of(&moved).cursor("events", 0).unwrap();
+    let job = Small::without_ledger();
+    job.command("state adopt --after-last-row", &MOVED).unwrap();
+    let cursor = *job.record_of(&MOVED).cursor("events", 0).unwrap();
     assert_eq!(cursor.end.get(), 3, "one past the last record that left a row");
-    assert_eq!(job.counts(&[("c", 9), ("d", 10)], &moved), (1, 2), "the repeat after it is read again");
+    assert_eq!(job.counts(&[("c", 9), ("d", 10)], &MOVED), (1, 2), "the repeat after it is read again");
 }
 
 #[test]

@@ -86,6 +86,15 @@ impl Scene {
         self.end(process)
     }
 
+    /// A world in which such a start of folder 0 has read these events, and stands where something happened first.
+    fn with_one_at(what: &'static str, orders: Orders, events: &[(u32, EventKind)]) -> (Self, Process) {
+        let mut scene = Self::new();
+        scene.produce(events);
+        let mut process = scene.start(0, orders);
+        scene.until(&mut process, what);
+        (scene, process)
+    }
+
     /// A process dies.
     fn kill(&self, process: Process) {
         drop(process);
@@ -181,10 +190,7 @@ fn a_ledger_begun_beside_late_rows_of_an_earlier_one_counts_above_them_and_rebui
 
 #[test]
 fn late_rows_that_come_after_the_start_table_has_looked_are_not_taken_over_with_their_table() {
-    let mut scene = Scene::new();
-    scene.produce(&[LATE]);
-    let mut zombie = scene.start(0, orders());
-    scene.until(&mut zombie, "sides_sent");
+    let (mut scene, zombie) = Scene::with_one_at("sides_sent", orders(), &[LATE]);
     scene.replace_main();
     let mut next = scene.start(1, orders());
     scene.until(&mut next, "main_sent");
@@ -198,10 +204,7 @@ fn late_rows_that_come_after_the_start_table_has_looked_are_not_taken_over_with_
 
 #[test]
 fn a_zombie_brings_nothing_to_a_late_table_that_another_ledger_has_claimed() {
-    let mut scene = Scene::new();
-    scene.produce(&[LATE]);
-    let mut zombie = scene.start(0, orders());
-    scene.until(&mut zombie, "sides_sent");
+    let (mut scene, zombie) = Scene::with_one_at("sides_sent", orders(), &[LATE]);
     scene.replace_main();
     let mut next = scene.start(1, orders());
     scene.until(&mut next, "data_files_closed");
@@ -214,10 +217,7 @@ fn a_zombie_brings_nothing_to_a_late_table_that_another_ledger_has_claimed() {
 
 #[test]
 fn a_debt_is_paid_although_another_ledger_has_marked_the_late_table_meanwhile() {
-    let mut scene = Scene::new();
-    scene.produce(&[LATE]);
-    let mut killed = scene.start(0, orders());
-    scene.until(&mut killed, "sides_sent");
+    let (mut scene, killed) = Scene::with_one_at("sides_sent", orders(), &[LATE]);
     scene.kill(killed);
     let first = scene.replace_main();
     let mut second = scene.start(1, orders());
@@ -251,11 +251,9 @@ fn a_zombie_of_a_replay_takes_no_late_rows_back_that_its_successor_wrote() {
 
 #[test]
 fn a_living_owner_does_not_go_on_from_a_table_that_was_rolled_back_and_whose_history_was_expired() {
-    let mut scene = Scene::new();
-    scene.produce(&[ON_TIME]);
     // Before its next microbatch it loads its tables again, and has judged none of what it finds.
-    let mut owner = scene.start(0, Orders { follows: true, keeps_up: true, ..orders() });
-    scene.until(&mut owner, "batch landed");
+    let (scene, owner) =
+        Scene::with_one_at("batch landed", Orders { follows: true, keeps_up: true, ..orders() }, &[ON_TIME]);
     let main = main_ident();
     let parent = {
         let universe = scene.shared.borrow();
@@ -268,10 +266,8 @@ fn a_living_owner_does_not_go_on_from_a_table_that_was_rolled_back_and_whose_his
 
 #[test]
 fn a_zombie_keeps_no_side_table_small_that_its_successor_has_marked() {
-    let mut scene = Scene::new();
-    scene.produce(&[LATE]);
-    let mut zombie = scene.start(0, Orders { follows: true, keeps_up: true, ..orders() });
-    scene.until(&mut zombie, "batch landed");
+    let (mut scene, zombie) =
+        Scene::with_one_at("batch landed", Orders { follows: true, keeps_up: true, ..orders() }, &[LATE]);
     scene.produce(&[(3, EventKind::Late)]);
     scene.run(1, orders()).unwrap();
     let head = || {
@@ -286,10 +282,8 @@ fn a_zombie_keeps_no_side_table_small_that_its_successor_has_marked() {
 
 #[test]
 fn a_living_owner_goes_on_where_others_expired_its_record_and_its_rows_are_there() {
-    let mut scene = Scene::new();
-    scene.produce(&[ON_TIME]);
-    let mut owner = scene.start(0, Orders { follows: true, ..orders() });
-    scene.until(&mut owner, "batch landed");
+    let (scene, mut owner) =
+        Scene::with_one_at("batch landed", Orders { follows: true, ..orders() }, &[ON_TIME]);
     // Two commits of others, the first of them expired too: no parent leads to what the owner saw.
     append_and_expire(&scene, None);
     append_and_expire(&scene, None);
