@@ -159,8 +159,7 @@ impl LaneReader {
         self.slots = plans.iter().map(|plan| plan.topic_partition.clone()).collect();
         self.starts = plans.iter().map(|plan| plan.start).collect();
         self.lateness = lateness(rule, record.lanes.get(&self.lane), &self.slots);
-        // What was met beyond the ledger's cursors is met again, or their tails differ.
-        self.fault = None;
+        assert!(self.fault.is_none(), "what the reader met is given before its lane is read anew");
         self.moves(|reader| reader.reassign(connection, plans))
     }
 

@@ -218,7 +218,9 @@ impl Session<'_> {
         let slots = &self.lanes.live().slots;
         let new: Vec<String> =
             look.offsets.keys().filter(|name| !slots.contains(name)).map(ToString::to_string).collect();
-        if !new.is_empty() {
+        // What the reader met is given first: a lane that is read anew forgets it, and the broker may show it no more. The
+        // look after that finds them again.
+        if !new.is_empty() && !self.lanes.live().has_fault() {
             let text = format!("new topic partitions, read from their earliest offset: {}", new.join(", "));
             report.event(&Event::Notice { text });
             self.follow_partitions(&look.offsets)?;

@@ -12,8 +12,9 @@
 //! one reads from the next offset again, at most [`REREADS_MAX`] times without progress.
 //!
 //! Invariant: a fault that was reported has left its queue, so no queue outlives it. Whoever reads on after an error reads
-//! with a new client from the same positions, and meets the same fault again if it lasts, never what stands behind it. One that
-//! passed leaves no trace (a log that was cut and has grown again), so an error is never dropped.
+//! with a new client from the same positions, and meets the same fault again if it lasts, never what stands behind it. A log
+//! that was cut and has grown again meanwhile refuses nothing any more: so every new client compares the last record taken
+//! first, and where there is none (nothing was ever taken) an error must not be dropped.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -330,6 +331,14 @@ impl Slot {
         queue.take();
     }
 
+    /// The next client compares the last record taken before it gives another, as the first one does after a start: what was
+    /// refused to this one (an offset past the end of a log that was cut) may be there again, of a log that has grown since.
+    fn begin_anew(&mut self) {
+        if !self.finished && self.next > self.start {
+            (self.start, self.unchecked) = (self.next, self.tail);
+        }
+    }
+
     /// Hashes the record taken last, if any was, and lets its memory go.
     fn keep_tail(&mut self) {
         if let Some(queue) = self.queue.as_mut() {
@@ -457,6 +466,7 @@ impl Reader {
         for slot in &mut self.slots {
             slot.keep_tail();
             slot.queue = None;
+            mutant!("new-client-compares-nothing", () => slot.begin_anew());
         }
         self.client = None;
         self.needs_client = true;
@@ -610,10 +620,6 @@ impl Reader {
                     Ok(turn) => {
                         moved |= turn == Turn::Moved;
                         self.turn = (index + 1) % self.slots.len();
-                    }
-                    Err(Fault::TailDiffers { offset }) => {
-                        let topic_partition = self.slots[index].topic_partition.clone();
-                        return Err(SourceError::TailDiffers { places: vec![(topic_partition, offset)] });
                     }
                     Err(fault) => self.resolve(index, fault)?,
                 }

@@ -22,11 +22,11 @@ use crate::offset::{NextOffset, TopicPartition};
 use crate::record::RecordChunk;
 
 const QUEUE_BYTES: u64 = 16 << 20;
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-type Mock = MockCluster<'static, DefaultProducerContext>;
+pub(super) type Mock = MockCluster<'static, DefaultProducerContext>;
 
-fn cluster(topics: &[(&str, i32)]) -> Mock {
+pub(super) fn cluster(topics: &[(&str, i32)]) -> Mock {
     let cluster = MockCluster::new(1).unwrap();
     for (topic, partitions) in topics {
         cluster.create_topic(topic, *partitions, 1).unwrap();
@@ -46,7 +46,7 @@ fn job(brokers: String, topics: &[&str]) -> KafkaSource {
     }
 }
 
-fn connect(cluster: &Mock, topics: &[&str]) -> Connection {
+pub(super) fn connect(cluster: &Mock, topics: &[&str]) -> Connection {
     Connection::open(&job(cluster.bootstrap_servers(), topics), QUEUE_BYTES, "test").unwrap()
 }
 
@@ -71,7 +71,7 @@ fn send(producer: &BaseProducer, topic: &str, partition: i32, payloads: std::ops
 }
 
 /// A plan from `starts`, or from low, to the end that is seen now.
-fn plan(
+pub(super) fn plan(
     connection: &Connection,
     starts: &BTreeMap<TopicPartition, (NextOffset, Option<Tail>)>,
 ) -> Vec<ReadPlan> {
@@ -85,12 +85,12 @@ fn plan(
         .collect()
 }
 
-fn limits(records_max: usize, bytes_max: usize) -> ReadLimits {
+pub(super) fn limits(records_max: usize, bytes_max: usize) -> ReadLimits {
     ReadLimits { records_max, bytes_max, deadline: Instant::now() + PATIENCE }
 }
 
 /// Everything up to the frozen ends, as (slot, offset, payload), in chunks of at most these sizes.
-fn drain(reader: &mut Reader, records_max: usize, bytes_max: usize) -> Vec<(u32, i64, String)> {
+pub(super) fn drain(reader: &mut Reader, records_max: usize, bytes_max: usize) -> Vec<(u32, i64, String)> {
     let mut records = Vec::new();
     let mut chunk = RecordChunk::default();
     loop {
@@ -110,7 +110,7 @@ fn drain(reader: &mut Reader, records_max: usize, bytes_max: usize) -> Vec<(u32,
     }
 }
 
-fn expected(
+pub(super) fn expected(
     topic: &str,
     partition: i32,
     slot: u32,
@@ -123,7 +123,7 @@ fn of_slot(records: &[(u32, i64, String)], slot: u32) -> Vec<(u32, i64, String)>
     records.iter().filter(|record| record.0 == slot).cloned().collect()
 }
 
-fn positions(reader: &Reader) -> Vec<i64> {
+pub(super) fn positions(reader: &Reader) -> Vec<i64> {
     reader.positions().into_iter().map(NextOffset::get).collect()
 }
 
@@ -408,7 +408,7 @@ fn a_damaged_record_batch_is_read_again_and_not_skipped() {
 }
 
 /// A record batch as brokers keep it, of records with these payloads. `records` is what its head says.
-fn record_batch(base_offset: i64, payloads: &[String], records: i32) -> Vec<u8> {
+pub(super) fn record_batch(base_offset: i64, payloads: &[String], records: i32) -> Vec<u8> {
     let mut body = Vec::new();
     for (delta, payload) in payloads.iter().enumerate() {
         // Attributes, time, offset, no key, payload, no headers; lengths are zigzag and below 64.
@@ -440,7 +440,7 @@ fn length_of(bytes: &[u8]) -> [u8; 4] {
 
 /// Appends record batches in one request, byte by byte as they are: Produce version 7, written by hand because no producer
 /// sends a damaged one. The broker believes the head of the first and gives all of them in one answer.
-fn send_bytes(cluster: &Mock, topic: &str, partition: i32, batches: &[u8]) {
+pub(super) fn send_bytes(cluster: &Mock, topic: &str, partition: i32, batches: &[u8]) {
     // No client id, no transaction; written by all.
     let header = [0_i16, 7, 0, 1, -1, -1, -1].map(i16::to_be_bytes).concat();
     let name = [&i16::try_from(topic.len()).unwrap().to_be_bytes(), topic.as_bytes()].concat();
@@ -460,7 +460,7 @@ fn send_bytes(cluster: &Mock, topic: &str, partition: i32, batches: &[u8]) {
 }
 
 /// Payloads as [`send`] makes them.
-fn payloads(topic: &str, partition: i32, numbers: std::ops::Range<u32>) -> Vec<String> {
+pub(super) fn payloads(topic: &str, partition: i32, numbers: std::ops::Range<u32>) -> Vec<String> {
     numbers.map(|number| format!("{topic}-{partition}-{number}")).collect()
 }
 

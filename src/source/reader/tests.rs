@@ -1,4 +1,10 @@
+use std::ops::Range;
+
 use super::*;
+use crate::source::tests::{
+    Mock, PATIENCE, cluster, connect, drain, expected, limits, payloads, plan, positions, record_batch,
+    send_bytes,
+};
 
 fn tail(offset: i64, hash: u64) -> Tail {
     Tail { offset, hash }
@@ -38,3 +44,42 @@ fn the_tail_hash_never_changes_because_ledgers_hold_it() {
 
 /// From the first release; a change here makes every ledger's tail differ.
 const PINNED: u64 = 17_878_484_584_324_921_617;
+
+/// A reader that took ten records of one log and then lost its client to a broker whose log has these payloads.
+fn moved_to_a_log_of(numbers: Range<u32>) -> (Reader, Mock) {
+    let [first, second] = [(); 2].map(|()| cluster(&[("t", 1)]));
+    send_bytes(&first, "t", 0, &record_batch(0, &payloads("t", 0, 0..10), 10));
+    let count = i32::try_from(numbers.len()).unwrap();
+    send_bytes(&second, "t", 0, &record_batch(0, &payloads("t", 0, numbers), count));
+    let connection = connect(&first, &["t"]);
+    let mut plan = plan(&connection, &BTreeMap::new());
+    plan[0].end = NextOffset::at(count.into());
+    let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
+    let mut chunk = RecordChunk::default();
+    reader.read(&mut chunk, limits(10, 1 << 20)).unwrap();
+    assert_eq!((chunk.len(), positions(&reader)), (10, vec![10]));
+    reader.config.set("bootstrap.servers", second.bootstrap_servers());
+    reader.be_patient(true).unwrap();
+    (reader, second)
+}
+
+#[test]
+fn a_new_client_reads_on_where_the_last_record_taken_is_still_the_same() {
+    let (mut reader, _broker) = moved_to_a_log_of(0..15);
+    assert_eq!(drain(&mut reader, 100, 1 << 20), expected("t", 0, 0, 10..15));
+    assert_eq!(positions(&reader), [15]);
+}
+
+#[test]
+fn a_new_client_gives_nothing_of_a_log_that_was_cut_and_has_grown_again() {
+    let (mut reader, _broker) = moved_to_a_log_of(100..120);
+    let mut chunk = RecordChunk::default();
+    for _ in 0..2 {
+        let error = reader.read(&mut chunk, limits(100, 1 << 20)).unwrap_err();
+        let place = (TopicPartition::new("t", 0), 9);
+        assert!(matches!(&error, SourceError::TailDiffers { places } if *places == [place]), "{error:?}");
+        assert!(chunk.is_empty());
+    }
+    let error = reader.await_record(Instant::now() + PATIENCE).unwrap_err();
+    assert!(matches!(&error, SourceError::TailDiffers { .. }), "{error:?}");
+}
