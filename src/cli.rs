@@ -267,10 +267,10 @@ enum StateCommand {
     /// Make a lost ledger again from the rows of the table and what the state folder knows of the job
     ///
     /// For the stop LEDGER_LOST, on a table that was copied, registered anew or brought back from a backup. The topics are
-    /// read again from where the job began (from their earliest offset with start = "latest": where the end was then nobody
-    /// knows any more), as far as the broker has them; what has a row of this job leaves no second one
-    /// (but for rows that beyond_window = "side" sets aside as unproven: they are set aside again). Whether rows that it
-    /// did not write counted as seen stood in the lost ledger: the command asks for it where there are any.
+    /// read again from where the job began (from their earliest offset with start = "latest", since nobody knows any more where
+    /// the end was then, and where the table has no row of a topic partition), as far as the broker has them; what has a row of
+    /// this job leaves no second one (but for rows that beyond_window = "side" sets aside as unproven: they are judged anew).
+    /// Whether rows that it did not write counted as seen stood in the lost ledger: the command asks for it where there are any.
     Adopt {
         #[command(flatten)]
         remake: RemakeArgs,

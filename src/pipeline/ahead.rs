@@ -299,7 +299,8 @@ impl Run<'_, '_> {
         next: LedgerRecord,
         files: Vec<DataFile>,
     ) -> Result<u32, Stop> {
-        let is_last = next.released || self.is_ending() || self.is_last_batch();
+        let is_cut_off = self.session.lanes.ends_with.is_some();
+        let is_last = next.released || self.is_ending() || self.is_last_batch() || is_cut_off;
         if !is_last {
             let limits = self.session.first_chunk_limits();
             self.session.read_ahead(limits);

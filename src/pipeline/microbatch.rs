@@ -716,9 +716,13 @@ impl Session<'_> {
             })
             .collect();
         let (job, served) = (&self.options.job_shown, self.lanes.served());
-        let (of_lane, command) = match served.is_live() {
-            true => (String::new(), format!("tidemill run {job}")),
-            false => (format!(" of backfill {}", served.lane), resume_command(job, &served.lane)),
+        let (of_lane, how_long, command) = match served.is_live() {
+            true => (String::new(), "once", format!("tidemill run {job}")),
+            false => (
+                format!(" of backfill {}", served.lane),
+                "for the rest of this backfill",
+                resume_command(job, &served.lane),
+            ),
         };
         Stop::new(
             Reason::Brake,
@@ -731,7 +735,7 @@ impl Session<'_> {
             ),
             format!(
                 "nothing was committed and the offsets stay; mend the producer or the job's columns, or let them through \
-                 once:\n  {command} --set sink.iceberg.dead_letters.max_ratio=1.0"
+                 {how_long}:\n  {command} --set sink.iceberg.dead_letters.max_ratio=1.0"
             ),
         )
     }

@@ -166,9 +166,9 @@ pub fn state(folder: &Path, error: StoreError) -> Stop {
             format!("check the disk of the state folder and its permissions; {RUN_AGAIN}"),
         )
     } else if matches!(error, StoreError::TooManyBuckets { .. }) {
-        let way_out = "nothing was written; widen dedup.window, whose buckets are then wider, or, where all rows of a table \
-                       are read for a lost ledger, leave those before its window out:\n  \
-                       tidemill state adopt JOB --after-last-row";
+        let way_out = "nothing was written; where all rows of a table are read for a lost ledger, leave those before its window \
+                       out:\n  tidemill state adopt JOB --after-last-row\nwhere a run says so, widen dedup.window, whose \
+                       buckets are then wider";
         (Reason::Usage, way_out.to_owned())
     } else {
         (Reason::Unexpected, format!("please report this; {RUN_AGAIN}"))

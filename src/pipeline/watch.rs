@@ -195,6 +195,10 @@ impl Session<'_> {
     /// Between two microbatches: reads new topic partitions from their earliest offset on.
     pub(super) fn look(&mut self, report: &mut dyn Report) -> Result<Seen, Stop> {
         let live = self.lanes.live();
+        // What the reader met is given first: a lane that is read anew forgets it, and so does the next life.
+        if live.has_fault() {
+            return Ok(Seen::Same);
+        }
         let positions = || live.positions().into_iter().collect();
         let look = match self.watch.take_look(&self.connection, positions) {
             None => return Ok(Seen::Same),
@@ -218,9 +222,7 @@ impl Session<'_> {
         let slots = &self.lanes.live().slots;
         let new: Vec<String> =
             look.offsets.keys().filter(|name| !slots.contains(name)).map(ToString::to_string).collect();
-        // What the reader met is given first: a lane that is read anew forgets it, and the broker may show it no more. The
-        // look after that finds them again.
-        if !new.is_empty() && !self.lanes.live().has_fault() {
+        if !new.is_empty() {
             let text = format!("new topic partitions, read from their earliest offset: {}", new.join(", "));
             report.event(&Event::Notice { text });
             self.follow_partitions(&look.offsets)?;

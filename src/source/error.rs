@@ -114,7 +114,7 @@ pub enum SourceError {
     /// A record batch fails its checksum or can not be decompressed, again and again.
     #[error(
         "record batch of {topic_partition} at offset {next} or after is damaged (read {reads} times, last: \
-         {problem}); repair it on the broker or accept the loss of its offsets"
+         {problem}); repair or delete it on the broker"
     )]
     Damaged {
         /// The topic partition.
@@ -164,6 +164,10 @@ impl SourceError {
             Self::Away { .. } | Self::Stalled { .. } => Reason::SourceAway,
             Self::UnknownTopic { .. } | Self::UnknownPartition { .. } => Reason::UnknownTopic,
             Self::NotAuthorized { .. } => Reason::NotAuthorized,
+            // A log that was cut is another log, as a start says too.
+            Self::OffsetsLost { ranges } if ranges.iter().any(|range| range.loss != Loss::Removed) => {
+                Reason::TopicChanged
+            }
             Self::OffsetsLost { .. } | Self::Damaged { .. } => Reason::OffsetsLost,
             Self::TailDiffers { .. } => Reason::TopicChanged,
             Self::WentBack { .. } | Self::Client { .. } => Reason::Unexpected,

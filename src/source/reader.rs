@@ -741,11 +741,24 @@ impl Reader {
         if next > end {
             return lost(end, next, Loss::Truncated);
         }
-        // Only the tail was removed, between the question for `low` and the first fetch: no difference.
+        // Only the tail was removed, since the question for `low` or since it was taken: no difference.
         if slot.unchecked.is_some_and(|tail| tail.offset < low) {
             slot.unchecked = None;
+            self.let_removed_tails_go();
         }
         self.read_again(index, problem)
+    }
+
+    /// What retention removed of one topic partition it has removed of others: asked at once, not by a client for each.
+    fn let_removed_tails_go(&mut self) {
+        let Some(client) = self.client.as_ref() else { return };
+        for slot in self.slots.iter_mut().filter(|slot| slot.unchecked.is_some()) {
+            let TopicPartition { topic, partition } = &slot.topic_partition;
+            let held = client.consumer().fetch_watermarks(topic, *partition, RANGE_TIME_MAX);
+            // Where it is not answered, its own refusal tells.
+            let Ok((low, _)) = held else { return };
+            slot.unchecked = slot.unchecked.filter(|tail| tail.offset >= low);
+        }
     }
 
     /// No answer to the question for a range: whatever the client calls it, it says nothing about what is lost.

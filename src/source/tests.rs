@@ -20,6 +20,7 @@ use super::*;
 use crate::job::{KafkaSource, Setting, StartPosition};
 use crate::offset::{NextOffset, TopicPartition};
 use crate::record::RecordChunk;
+use crate::stop::Reason;
 
 const QUEUE_BYTES: u64 = 16 << 20;
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -50,7 +51,7 @@ pub(super) fn connect(cluster: &Mock, topics: &[&str]) -> Connection {
     Connection::open(&job(cluster.bootstrap_servers(), topics), QUEUE_BYTES, "test").unwrap()
 }
 
-fn producer(brokers: String) -> BaseProducer {
+pub(super) fn producer(brokers: String) -> BaseProducer {
     ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("linger.ms", "1")
@@ -68,6 +69,16 @@ fn send(producer: &BaseProducer, topic: &str, partition: i32, payloads: std::ops
         producer.poll(Duration::ZERO);
     }
     producer.flush(PATIENCE).unwrap();
+}
+
+/// Sends more than the broker in this process keeps of a topic partition (5 MiB): the first records are removed.
+pub(super) fn send_large(producer: &BaseProducer, topic: &str, partition: i32) {
+    let payload = vec![b'x'; 100_000];
+    for _ in 0..80 {
+        let record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic).partition(partition).payload(&payload);
+        producer.send(record).map_err(|(error, _)| error).unwrap();
+        producer.flush(PATIENCE).unwrap();
+    }
 }
 
 /// A plan from `starts`, or from low, to the end that is seen now.
@@ -358,13 +369,7 @@ fn records_keep_null_and_empty_keys_payloads_and_headers_apart() {
 fn removed_records_are_lost_exactly_up_to_the_oldest_that_is_held() {
     let cluster = cluster(&[("t", 1)]);
     let sender = producer(cluster.bootstrap_servers());
-    // The broker in this process keeps 5 MiB per topic partition.
-    let payload = vec![b'x'; 100_000];
-    for _ in 0..80 {
-        let record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to("t").partition(0).payload(&payload);
-        sender.send(record).map_err(|(error, _)| error).unwrap();
-        sender.flush(PATIENCE).unwrap();
-    }
+    send_large(&sender, "t", 0);
     let connection = connect(&cluster, &["t"]);
     let mut plan = plan(&connection, &BTreeMap::new());
     let low = plan[0].start;
@@ -388,6 +393,7 @@ fn a_start_past_the_end_of_the_log_is_a_cut_log() {
     let SourceError::OffsetsLost { ranges } = &error else { panic!("{error:?}") };
     let range = (ranges[0].from.get(), ranges[0].to.get(), ranges[0].loss);
     assert_eq!(range, (10, 12, Loss::Truncated));
+    assert_eq!(error.reason(), Reason::TopicChanged, "as a start says of the same log");
 }
 
 #[test]

@@ -2,8 +2,8 @@ use std::ops::Range;
 
 use super::*;
 use crate::source::tests::{
-    Mock, PATIENCE, cluster, connect, drain, expected, limits, payloads, plan, positions, record_batch,
-    send_bytes,
+    Mock, PATIENCE, cluster, connect, drain, expected, limits, payloads, plan, positions, producer,
+    record_batch, send_bytes, send_large,
 };
 
 fn tail(offset: i64, hash: u64) -> Tail {
@@ -82,4 +82,22 @@ fn a_new_client_gives_nothing_of_a_log_that_was_cut_and_has_grown_again() {
     }
     let error = reader.await_record(Instant::now() + PATIENCE).unwrap_err();
     assert!(matches!(&error, SourceError::TailDiffers { .. }), "{error:?}");
+}
+
+#[test]
+fn one_refusal_tells_of_every_last_record_that_was_removed() {
+    let cluster = cluster(&[("t", 3)]);
+    let sender = producer(cluster.bootstrap_servers());
+    (0..2).for_each(|partition| send_large(&sender, "t", partition));
+    send_bytes(&cluster, "t", 2, &record_batch(0, &payloads("t", 2, 0..10), 10));
+    let connection = connect(&cluster, &["t"]);
+    let mut plan = plan(&connection, &BTreeMap::new());
+    plan[2].start = NextOffset::at(1);
+    let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
+    for slot in &mut reader.slots {
+        slot.unchecked = Some(tail(slot.start.get() - 1, 1));
+    }
+    reader.out_of_range(0, "refused".to_owned()).unwrap();
+    let left: Vec<bool> = reader.slots.iter().map(|slot| slot.unchecked.is_some()).collect();
+    assert_eq!(left, [false, false, true], "the last one is still there to be compared");
 }
