@@ -332,6 +332,35 @@ fn same_side_tables(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop
     Ok(())
 }
 
+/// A table with keys has rows that this ledger can not answer for. `side` exists.
+fn rows_of_others(facts: &Facts<'_>, role: Role, side: &SideFacts<'_>, record: &LedgerRecord) -> Stop {
+    let (words, table, rows) = (role.table_in_words(), &side.table, side.rows);
+    let (what, way_out) = if record.sides.get(role.name()).map(|named| named.uuid) == side.uuid {
+        (
+            format!(
+                "{words} {table} of this ledger was claimed by another ledger of the job, and nothing tells which of its \
+                 {rows} rows are of which"
+            ),
+            format!(
+                "nothing was read or written; put the main table of the other ledger back, or the {words} as it was before \
+                 the claim (register_table with an earlier metadata file), then:\n  tidemill run {}",
+                facts.job_shown
+            ),
+        )
+    } else {
+        (
+            format!("{words} {table} has {rows} rows that no batch of this ledger wrote"),
+            format!(
+                "nothing was read or written; their keys do not count as seen; write late rows to a table of their own:\n  \
+                 tidemill run {} --set {}={table}_2",
+                facts.job_shown,
+                role.setting(),
+            ),
+        )
+    };
+    Stop::new(Reason::TableNotEmpty, what, way_out)
+}
+
 /// A side table follows this job, and is not ahead of main; one with keys has no rows but what this ledger wrote.
 fn side_follows(
     facts: &Facts<'_>,
@@ -350,17 +379,7 @@ fn side_follows(
     });
     let is_known = (is_ours || begins) && record.sides.contains_key(role.name());
     if role.holds_keys() && side.rows > 0 && !is_known {
-        return Err(Stop::new(
-            Reason::TableNotEmpty,
-            format!("{words} {} has {} rows that no batch of this ledger wrote", side.table, side.rows),
-            format!(
-                "nothing was read or written; their keys do not count as seen; write late rows to a table of their own:\n  \
-                 tidemill run {} --set {}={}_2",
-                facts.job_shown,
-                role.setting(),
-                side.table
-            ),
-        ));
+        return Err(rows_of_others(facts, role, side, record));
     }
     let Some(mark) = &side.mark else { return Ok(()) };
     if !is_ours && mark.is_of(facts.job_name, facts.table) {

@@ -710,14 +710,18 @@ fn put_back(universe: &mut Universe) {
     };
     let of_main = all.iter().filter(|(ident, named)| *ident == main && fits(named));
     let longest = of_main.max_by_key(|(_, named)| record(named).map_or(0, |record| record.sequence));
-    let Some((_, longest)) = longest.cloned() else { return };
-    let ledger = record(&longest);
-    for role in Role::ALL {
-        let named = ledger.as_ref().and_then(|record| Some(record.sides.get(role.name())?.uuid));
-        let is_it = |(ident, other): &&(iceberg::TableIdent, Named)| {
-            *ident == side_ident(role) && Some(other.metadata.uuid()) == named
-        };
-        universe.tables.extend(all.iter().find(is_it).cloned());
+    if let Some((_, longest)) = longest.cloned() {
+        let ledger = record(&longest);
+        for role in Role::ALL {
+            let named = ledger.as_ref().and_then(|record| Some(record.sides.get(role.name())?.uuid));
+            let is_it = |(ident, other): &&(iceberg::TableIdent, Named)| {
+                *ident == side_ident(role) && Some(other.metadata.uuid()) == named
+            };
+            universe.tables.extend(all.iter().find(is_it).cloned());
+        }
+        universe.tables.insert(main, Named { metadata: Arc::clone(&longest.best), ..longest });
     }
-    universe.tables.insert(main, Named { metadata: Arc::clone(&longest.best), ..longest });
+    // The others are found another time, should the late table turn out to follow one of them.
+    all.retain(|(ident, named)| universe.tables[ident].metadata.uuid() != named.metadata.uuid());
+    universe.dropped = all;
 }
