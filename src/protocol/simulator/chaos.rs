@@ -722,6 +722,8 @@ fn put_back(universe: &mut Universe) {
         universe.tables.insert(main, Named { metadata: Arc::clone(&longest.best), ..longest });
     }
     // The others are found another time, should the late table turn out to follow one of them.
-    all.retain(|(ident, named)| universe.tables[ident].metadata.uuid() != named.metadata.uuid());
+    all.retain(|(ident, named)| {
+        universe.tables.get(ident).is_none_or(|there| there.metadata.uuid() != named.metadata.uuid())
+    });
     universe.dropped = all;
 }
