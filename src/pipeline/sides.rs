@@ -119,7 +119,8 @@ pub(super) async fn lost(prepared: &Prepared<'_>) -> Result<Vec<SideLoss>, Stop>
 /// States the loss in the ledger, and brings side tables forward with what is left. What nobody was asked about is no part of
 /// it: a file that vanished since.
 pub(super) async fn accept_loss(owner: &mut Owner<'_>, asked: &[SideLoss]) -> Result<Vec<SideLoss>, Stop> {
-    let lost = owner.lost_sides().await?;
+    let tables: Vec<&str> = asked.iter().map(|loss| loss.table.as_str()).collect();
+    let lost = owner.fence_lost(&tables).await?;
     let batch = owner.record.batch;
     let losses: Vec<SideLoss> = lost.iter().map(|lost| loss(lost, owner.side(lost.role), batch)).collect();
     if losses.is_empty() || losses.iter().any(|loss| !asked.contains(loss)) {
@@ -182,14 +183,13 @@ pub async fn reread(loaded: &LoadedJob, options: &RunOptions, confirm: Confirm<'
     let lane = lane_of(&record);
     let (mut owner, connection, decoder) = prepared.take(&BTreeMap::new()).await?;
     let rule = &loaded.job.event_time;
-    let done = match LaneReader::open(&connection, Some(&record), lane, plans, reading, rule) {
-        Ok(reader) => {
-            let again = Again { owner: &mut owner, reader, decoder, memory, options };
-            again.write_and_name(rows).await
-        }
-        Err(error) => Err(stops::source(error)),
+    let written = async {
+        owner.fence_lost(&[&name]).await?;
+        let reader = LaneReader::open(&connection, Some(&record), lane, plans, reading, rule);
+        let reader = reader.map_err(stops::source)?;
+        Again { owner: &mut owner, reader, decoder, memory, options }.write_and_name(rows).await
     };
-    let done = done.map(|()| Reread { table: Some(name), batch: record.batch, rows });
+    let done = written.await.map(|()| Reread { table: Some(name), batch: record.batch, rows });
     owner.end(done).await
 }
 

@@ -217,6 +217,16 @@ pub(super) fn side_went_on(table: &TableIdent, role: Role) -> Stop {
     )
 }
 
+/// A side table that was found without the files of a batch, and has been given them since.
+pub(super) fn came_meanwhile(table: &str, batch: u64) -> Stop {
+    Stop::new(
+        Reason::SideFilesLost,
+        format!("table {table} has followed batch {batch} meanwhile, with the files that were found gone"),
+        "this command has written nothing to it; put back what is still gone of these files, or take it out of that table \
+         with your engine, then:\n  tidemill run JOB",
+    )
+}
+
 /// A side table that could not follow.
 pub fn side(error: SideError, committing: Committing<'_>) -> Stop {
     match error {

@@ -11,7 +11,7 @@ use crate::wait;
 
 impl Bench {
     /// Starts the program with one variable of `src/faults.rs` set.
-    fn start(&self, variable: &str, point: &str, sets: &[&str]) -> Child {
+    pub(super) fn start(&self, variable: &str, point: &str, sets: &[&str]) -> Child {
         let job = self.job_path();
         let sets = sets.iter().flat_map(|set| ["--set", set]);
         let words: Vec<&str> = ["run", job.to_str().unwrap()].into_iter().chain(sets).collect();
@@ -28,12 +28,13 @@ impl Bench {
         killed_at(point, self.start("TIDEMILL_CRASH_AT", point, sets));
     }
 
-    fn other_state(&self) -> String {
+    pub(super) fn other_state(&self) -> String {
         format!("state_dir={}", self.folder.path().join("other").display())
     }
 }
 
-fn start(variable: &str, point: &str, words: &[&str]) -> Child {
+/// Starts a command of the program with one variable of `src/faults.rs` set.
+pub(crate) fn start(variable: &str, point: &str, words: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_tidemill"))
         .args(words)
         .env(variable, point)

@@ -1,5 +1,7 @@
 //! Files that a side table is owed are gone: the rows are written again, or given up, and the next run goes on.
 
+use std::process::{Child, ExitStatus};
+
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
@@ -8,6 +10,7 @@ use tidemill::pipeline::commands;
 use tidemill::pipeline::report::Unheard;
 use tidemill::pipeline::sides::{self, Reread, SideLoss};
 
+use super::deaths::{ended, start, stopped, wake};
 use super::start_table::{options, yes};
 use super::*;
 
@@ -96,6 +99,23 @@ impl Bench {
     }
 }
 
+/// An owner that sleeps over letters which it found whole, and a command of another machine that stands at a point after
+/// they were deleted; the owner goes on from there, then the command. Gives how the command ended.
+fn sleeps_over(bench: &Bench, command: &[&str], point: &str) -> ExitStatus {
+    let owed = bench.owed("dead_letters");
+    let sleeper = bench.start("TIDEMILL_STOP_AT", "side_files_looked_up:1", &[]);
+    stopped(&sleeper);
+    delete(&owed);
+    let (job, elsewhere) = (bench.job_path(), bench.other_state());
+    let more = [job.to_str().unwrap(), "--yes", "--takeover", "--set", &elsewhere];
+    let command: Child = start("TIDEMILL_STOP_AT", point, &[command, &more].concat());
+    stopped(&command);
+    wake(&sleeper);
+    assert_eq!(ended(sleeper).code(), Some(i32::from(Reason::Fenced.exit_code())));
+    wake(&command);
+    ended(command)
+}
+
 fn files_below(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
@@ -149,6 +169,33 @@ fn a_kill_while_letters_are_written_again_leaves_the_debt_or_pays_it() {
         bench.run(&[]);
         bench.assert_exact();
     }
+}
+
+#[test]
+fn an_owner_that_wakes_brings_no_files_that_were_written_again_or_given_up() {
+    for (seed, command) in [(37, &["side", "reread"][..]), (38, &["accept-loss"][..])] {
+        let bench = Bench::in_debt(seed, &[]);
+        let before = bench.letters();
+        // Main names other files, and the side table has none yet.
+        assert!(sleeps_over(&bench, command, "other_files_owed:1").success());
+        let record = bench.record();
+        assert!(record.released && !record.owes_side_files());
+        // That they can be read is what is asked: a file that is named and gone fails every look from then on.
+        let letters = bench.letters();
+        match command {
+            ["accept-loss"] => assert_eq!(letters, before),
+            _ => bench.assert_exact(),
+        }
+    }
+}
+
+#[test]
+fn letters_that_came_before_their_table_was_fenced_are_not_written_again_beside_them() {
+    let bench = Bench::in_debt(39, &[]);
+    let ended = sleeps_over(&bench, &["side", "reread"], "fenced:1");
+    assert_eq!(ended.code(), Some(i32::from(Reason::SideFilesLost.exit_code())));
+    let record = bench.record();
+    assert!(record.released && bench.changes().is_empty(), "no other files were named: {record:?}");
 }
 
 #[test]

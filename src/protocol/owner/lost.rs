@@ -6,6 +6,9 @@
 //! of files ([`Owner::owe_instead`]), and then side tables follow as ever: one that wrote the rows again names the new
 //! files, one that accepts the loss what is left. So whatever crashes, the record says what a side table still gets, and the
 //! mark lets it land once.
+//!
+//! An owner before may have found the files whole, and sleep over them: nothing of main keeps it from a side table. So before
+//! main names another list the heads of those side tables are fenced too, where they still are as they were judged.
 
 use std::collections::BTreeMap;
 
@@ -15,6 +18,7 @@ use super::{Owner, mark_of};
 use crate::commit::ledger::{Change, Kind, LedgerRecord, SideRecord};
 use crate::commit::side::{self as side_mark, Role, SideMark};
 use crate::mutant;
+use crate::protocol::stops;
 use crate::protocol::world::{FileOf, TableOf, Tables, World};
 use crate::stop::{Reason, Stop};
 
@@ -128,12 +132,28 @@ pub(crate) async fn find<W: World>(
 }
 
 impl<W: World> Owner<W> {
-    /// Side tables that can not get what the last record owes them.
-    pub(crate) async fn lost_sides(&self) -> Result<Vec<LostSide>, Stop> {
-        find(&self.world, &self.sides, &self.record).await
+    /// Side tables that can not get what the last record owes them, with their heads fenced: what is gone can not come any
+    /// more. `asked` are those of which a person was told before main was fenced; until then the owner before may have
+    /// brought them their files.
+    ///
+    /// # Errors
+    /// `SIDE_FILES_LOST`: it has, and the files may be gone all the same. `TABLE_CHANGED`: it did after this owner loaded them.
+    pub(crate) async fn fence_lost(&mut self, asked: &[&str]) -> Result<Vec<LostSide>, Stop> {
+        let lost = find(&self.world, &self.sides, &self.record).await?;
+        for table in asked {
+            let is_lost = |lost: &LostSide| self.side_ident(lost.role).to_string() == *table;
+            if !lost.iter().any(is_lost) {
+                return Err(stops::came_meanwhile(table, self.record.batch));
+            }
+        }
+        for lost in &lost {
+            mutant!("lost-side-not-fenced", () => self.fence_side(lost.role).await?);
+        }
+        Ok(lost)
     }
 
-    /// Lets side tables be owed other files than the last record names, for a stated reason, and brings them forward.
+    /// Lets side tables that [`Owner::fence_lost`] gave be owed other files than the last record names, for a stated reason,
+    /// and brings them forward.
     pub(crate) async fn owe_instead(
         &mut self,
         instead: Vec<(Role, SideRecord)>,

@@ -307,7 +307,7 @@ fn jumps(command: Command, record: &LedgerRecord, source: &Source, differing: &B
 
 /// As `accept-loss` goes on without letters whose files are gone.
 async fn give_up(owner: &mut Owner<SimWorld>) -> Result<(), Stop> {
-    let lost = owner.lost_sides().await?;
+    let lost = owner.fence_lost(&[]).await?;
     if lost.is_empty() {
         return owner.forward_sides().await;
     }
