@@ -19,14 +19,14 @@ use super::owner::{Owner, prepare};
 use super::report::{Event, Report};
 use super::session::Session;
 use super::start::Allow;
-use super::survey::{side_idents, uses};
+use super::survey::{follows, side_idents, uses};
 use super::{RunOptions, stops};
 use crate::catalog;
 use crate::commit::ledger;
 use crate::commit::side::{self, Role};
 use crate::commit::upkeep::Upkeep;
+use crate::job::MaintenanceRule;
 use crate::job::file::LoadedJob;
-use crate::job::{Job, MaintenanceRule};
 use crate::maintenance::{
     self, Done, Keep, MaintenanceError, Orphans, Pass, PropertyError, Rules, SNAPSHOTS_EXPIRED_MAX, SUMMARY,
     retention::Ours,
@@ -336,7 +336,7 @@ pub async fn look(loaded: &LoadedJob, asked: &Asked) -> Result<Vec<TableDone>, S
         let Some(table) = catalog::load(&*catalog, &ident).await.map_err(stops::catalog)? else { continue };
         if let Which::Side(role) = which
             && !uses(job, role)
-            && !follows(&table, job)
+            && !follows(&table, job).unwrap_or(false)
         {
             continue;
         }
@@ -344,12 +344,6 @@ pub async fn look(loaded: &LoadedJob, asked: &Asked) -> Result<Vec<TableDone>, S
         looked.push(TableDone { table: ident.to_string(), done });
     }
     Ok(looked)
-}
-
-/// Whether a side table is marked as the job's.
-fn follows(table: &Table, job: &Job) -> bool {
-    let mark = side::inspect(table.metadata()).ok().flatten();
-    mark.is_some_and(|mark| mark.is_of(&job.name, &job.sink.table.join(".")))
 }
 
 async fn would_do(table: &Table, which: Which, loaded: &LoadedJob, asked: &Asked) -> Result<Done, PassError> {

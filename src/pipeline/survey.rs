@@ -13,7 +13,7 @@ use iceberg::{Catalog, TableIdent};
 use super::stops;
 use super::world::CatalogTables;
 use crate::catalog;
-use crate::commit::ledger::{self, Cursor, Found, LedgerRecord};
+use crate::commit::ledger::{self, Cursor, Found, LedgerError, LedgerRecord};
 use crate::commit::request;
 use crate::commit::side::{self, Role};
 use crate::dedup;
@@ -22,8 +22,8 @@ use crate::job::{Job, StartPosition};
 use crate::memory::MemoryPlan;
 use crate::mutant;
 use crate::offset::{NextOffset, TopicId, TopicPartition};
-use crate::protocol;
 use crate::protocol::start::SideFacts;
+use crate::protocol::{self, Tables};
 use crate::sink::scan::{self, rows_of};
 use crate::sink::schema::{self, Comparison};
 use crate::source::{ClusterFacts, Connection, OffsetRange};
@@ -35,7 +35,7 @@ pub struct Survey {
     pub catalog: Arc<dyn Catalog>,
     /// Main table's name.
     pub main_ident: TableIdent,
-    /// Names of the side tables that the job uses or its ledger knows.
+    /// Names of the side tables that the job uses or its ledger knows; without a ledger, of those that are marked as its own too.
     pub side_idents: BTreeMap<Role, TableIdent>,
     /// Main table, if it exists.
     pub main: Option<Table>,
@@ -81,6 +81,21 @@ impl Survey {
             side_idents = used(&found);
             (main, sides) = protocol::heads(&tables, &main_ident, &side_idents).await?;
             found = ledger_of(main.as_ref(), &main_ident)?;
+        }
+        if matches!(found, Found::Nothing) {
+            // Nor does a ledger that is lost say which it knew. The mark of a table does.
+            for (role, ident) in &all_idents {
+                let unused = match side_idents.contains_key(role) {
+                    true => None,
+                    false => tables.find(ident).await?,
+                };
+                let Some(table) = unused else { continue };
+                let is_ours = follows(&table, job).map_err(|error| stops::ledger(ident, error))?;
+                if mutant!("unused-late-table-passed-over", false => is_ours) {
+                    side_idents.insert(*role, ident.clone());
+                    sides.insert(*role, table);
+                }
+            }
         }
         let comparison = match &main {
             Some(table) => schema::compare(table, job).map_err(stops::schema)?,
@@ -256,6 +271,15 @@ pub fn uses(job: &Job, role: Role) -> bool {
         Role::DeadLetters => true,
         Role::Late => job.uses_late_table(),
     }
+}
+
+/// Whether a side table is marked as the job's.
+///
+/// # Errors
+/// Its mark can not be read.
+pub fn follows(table: &Table, job: &Job) -> Result<bool, LedgerError> {
+    let mark = side::inspect(table.metadata())?;
+    Ok(mark.is_some_and(|mark| mark.is_of(&job.name, &job.sink.table.join("."))))
 }
 
 /// Whether a ledger knows a side table of a role, whatever the job says now.

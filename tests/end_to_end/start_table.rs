@@ -9,7 +9,7 @@ use arrow::array::{
 use arrow::datatypes::{DataType, Field};
 use iceberg::arrow::schema_to_arrow_schema;
 use iceberg::spec::DataFile;
-use iceberg::{Catalog, TableCreation};
+use iceberg::{Catalog, TableCreation, TableIdent};
 use tidemill::commit::ledger::Kind;
 use tidemill::dedup;
 use tidemill::pipeline::commands::{self, Adopting, Done};
@@ -113,6 +113,15 @@ impl Small {
             let append = transaction.fast_append().add_data_files(files);
             append.apply(transaction).unwrap().commit(&*catalog).await.unwrap();
         });
+    }
+
+    /// The main table is as it is under its name, but for its ledger.
+    fn lose_ledger(&self) {
+        for (from, to) in [("small", "aside"), ("aside", "small")] {
+            self.copy_table(&format!("demo.{from}"), &format!("demo.{to}"));
+            let ident = TableIdent::from_strs(["demo", from]).unwrap();
+            self.runtime.block_on(async { self.catalog().await.drop_table(&ident).await.unwrap() });
+        }
     }
 
     /// Rows that another program writes into the main table, which it makes first where there is none.
@@ -311,6 +320,27 @@ fn a_ledger_whose_state_could_not_be_made_again_is_made_again_in_another_way() {
     assert_eq!(job.record_of(&MOVED).cursor("events", 0).unwrap().end.get(), 3);
     assert_eq!(job.command("state adopt", &MOVED).unwrap_err().reason, Reason::Usage);
     assert_eq!(job.counts(&[("c", 9), ("d", 10)], &MOVED), (1, 2), "the repeat after it is read again");
+}
+
+#[test]
+fn a_ledger_that_is_made_again_knows_the_late_rows_of_a_job_that_puts_none_aside_any_more() {
+    let job = Small::new("window = \"1 hour\"");
+    let aside = "event_time.late=side";
+    assert_eq!(job.counts(&[("a", 10), ("b", 5)], &[aside]), (1, 0), "b is late");
+    assert_eq!(job.counts(&[("c", 11)], &[]), (1, 0));
+    job.lose_ledger();
+    let stop = job.stop_of(&[]);
+    assert_eq!(stop.reason, Reason::LedgerLost);
+    assert!(stop.way_out.contains("from the 3 rows"), "{}", stop.way_out);
+    job.follow(&stop, "state adopt", &[]);
+    assert_eq!(job.counts(&[("b", 12)], &[]), (0, 4));
+    assert_eq!(job.main_keys(), ["a", "c"].map(|key| (key.to_owned(), 1)).into());
+    // Nor is it a stranger to who lost the state too.
+    job.lose_ledger();
+    job.lose_state();
+    let stop = job.stop_of(&[]);
+    assert_eq!(stop.reason, Reason::TableNotEmpty);
+    assert!(stop.what.contains("there are 3 rows, 1 of them in its late table"), "{}", stop.what);
 }
 
 #[test]
