@@ -85,7 +85,7 @@ pub(super) async fn prepare<'a>(
     if record.is_none() && survey.tables_with_keys().any(|table| scan::rows_of(table) > 0) {
         outside.inheritance = Inheritance::Others(others_in(&survey, allow.adopt_rows).await?);
     }
-    Ok(Prepared { outside, memory, survey, record, decoder, bears_lost_files: allow.loss })
+    Ok(Prepared { outside, memory, survey, record, decoder, bears_lost_files: allow.lost_files })
 }
 
 /// Rows that stand in a table without ledger: what this ledger writes is told from them by its batch numbers, and from
@@ -247,6 +247,7 @@ pub async fn move_offsets(
     let allow = Allow {
         rebase: command == OffsetCommand::Rebase,
         loss: command == OffsetCommand::AcceptLoss,
+        lost_files: command == OffsetCommand::AcceptLoss,
         ..Allow::default()
     };
     let prepared = prepare(loaded, options, allow).await?;

@@ -143,7 +143,7 @@ pub(super) async fn accept_loss(owner: &mut Owner<'_>, asked: &[SideLoss]) -> Re
 /// # Errors
 /// The [`Stop`] of the start table; `SIDE_FILES_LOST` if they can not be had exactly as they were, with the reason.
 pub async fn reread(loaded: &LoadedJob, options: &RunOptions, confirm: Confirm<'_>) -> Result<Reread, Stop> {
-    let allow = Allow { loss: true, ..Allow::default() };
+    let allow = Allow { loss: true, lost_files: true, ..Allow::default() };
     let prepared = prepare(loaded, options, allow).await?;
     let record = need_record(&prepared, options)?;
     let lost = lost_before_the_fence(&prepared, &record).await?;

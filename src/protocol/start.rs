@@ -82,8 +82,10 @@ pub struct Allow {
     pub ignore_rows: bool,
     /// `rebase-offsets` is at work: cluster and topics may differ.
     pub rebase: bool,
-    /// `accept-loss` or `side reread` is at work: offsets may be out of range, and files that a side table is owed gone.
+    /// `accept-loss`, `side reread` or `savepoint restore` is at work: offsets may be out of range.
     pub loss: bool,
+    /// `accept-loss` or `side reread` is at work: files that a side table is owed may be gone, and the list that names them.
+    pub lost_files: bool,
     /// `state adopt-rows` is at work: rows of a table without ledger come to count as seen.
     pub adopt_rows: bool,
     /// `state adopt` is at work: a lost ledger is made again.

@@ -44,12 +44,12 @@ impl Bench {
         }
     }
 
-    fn create(&self, name: &str) -> Result<Listed, Stop> {
+    pub(super) fn create(&self, name: &str) -> Result<Listed, Stop> {
         let loaded = self.load(&[]);
         self.runtime.block_on(commands::create_savepoint(&loaded, &options(), name, &mut Notes::default()))
     }
 
-    fn restore(&self, name: &str, sets: &[&str]) -> Result<Restoration, Stop> {
+    pub(super) fn restore(&self, name: &str, sets: &[&str]) -> Result<Restoration, Stop> {
         let loaded = self.load(sets);
         self.runtime.block_on(commands::restore_savepoint(&loaded, &options(), name, &|_| Ok(())))
     }

@@ -236,6 +236,23 @@ fn a_list_of_side_files_that_is_gone_with_its_property_is_given_up_by_name() {
 }
 
 #[test]
+fn a_restore_leaves_the_list_of_side_files_to_who_puts_its_property_back() {
+    let mut bench = Bench::with_some_bad(40);
+    bench.send_wave();
+    bench.run(&[]);
+    bench.create("then").unwrap();
+    bench.send_wave();
+    bench.kill_at("main_landed:2", &[]);
+    let property = bench.table().metadata().properties()[ledger::PROPERTY].clone();
+    bench.edit_property(None);
+    let stop = bench.restore("then", &[]).unwrap_err();
+    assert_eq!(stop.reason, Reason::SideFilesLost, "{stop:?}");
+    bench.edit_property(Some(property));
+    bench.run(&[]);
+    bench.assert_exact();
+}
+
+#[test]
 fn letters_are_not_written_again_where_they_might_be_others() {
     let bench = Bench::in_debt(35, &[]);
     let (letters, record) = (bench.letters(), bench.record());

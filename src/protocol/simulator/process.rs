@@ -164,6 +164,7 @@ pub(super) async fn live(shared: Shared, process: usize, orders: Orders) -> Resu
         ignore_rows: orders.ignore_rows,
         rebase: orders.command == Command::Rebase,
         loss: orders.command == Command::AcceptLoss,
+        lost_files: orders.command == Command::AcceptLoss,
         replay: orders.replay,
         ..Allow::default()
     };
