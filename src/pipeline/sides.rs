@@ -225,7 +225,10 @@ fn plans(
     let mut plans = Vec::new();
     for (name, cursor) in record.lanes.get(lane_of(record)).into_iter().flat_map(Lane::cursors) {
         let (start, end) = (cursor.start, cursor.end);
-        if start == end {
+        // A topic that had left the job before the batch keeps the cursor of its own last one. That the job has not changed
+        // since was compared, so what it does not read now it did not read then.
+        let is_read = held.keys().any(|held| held.topic == name.topic);
+        if start == end || !is_read {
             continue;
         }
         let Some(range) = held.get(&name) else {

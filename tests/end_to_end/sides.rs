@@ -253,6 +253,22 @@ fn a_restore_leaves_the_list_of_side_files_to_who_puts_its_property_back() {
 }
 
 #[test]
+fn letters_are_written_again_although_a_topic_had_left_the_job_before_them() {
+    let mut bench = Bench::with_some_bad(41);
+    bench.send_wave();
+    bench.run(&[]);
+    let fewer = ["source.kafka.topics=[\"n.generated\", \"n.sent\", \"n.delivered\"]"];
+    bench.send_wave();
+    bench.kill_at("main_landed:2", &fewer);
+    let of_its_own = |cursor: &ledger::Cursor| cursor.start != cursor.end;
+    assert!(bench.record().cursor("n.clicked", 0).is_some_and(of_its_own));
+    delete(&bench.owed("dead_letters"));
+    bench.reread(&fewer).unwrap();
+    bench.run(&[]);
+    bench.assert_exact();
+}
+
+#[test]
 fn letters_are_not_written_again_where_they_might_be_others() {
     let bench = Bench::in_debt(35, &[]);
     let (letters, record) = (bench.letters(), bench.record());
