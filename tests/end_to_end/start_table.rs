@@ -124,6 +124,16 @@ impl Small {
         }
     }
 
+    /// `state adopt` of [`MOVED`] is interrupted while it reads keys: the ledger is begun, and given back.
+    fn begin_to_adopt(&self, adopting: Adopting) {
+        let options = RunOptions { interrupt: Arc::new(AtomicBool::new(true)), ..options() };
+        let (loaded, mut heard) = (self.load(&MOVED), Unheard);
+        let adopted = commands::adopt_ledger(&loaded, &options, adopting, &yes, &mut heard);
+        assert_eq!(self.runtime.block_on(adopted).unwrap_err().reason, Reason::Interrupted);
+        let begun = self.record_of(&MOVED);
+        assert!(begun.lacks_generation() && begun.released, "{begun:?}");
+    }
+
     /// Rows that another program writes into the main table, which it makes first where there is none.
     fn rows_by_another(&self, events: &[(&str, i64)]) {
         let job = self.load(&[]).job;
@@ -320,6 +330,19 @@ fn a_ledger_whose_state_could_not_be_made_again_is_made_again_in_another_way() {
     assert_eq!(job.record_of(&MOVED).cursor("events", 0).unwrap().end.get(), 3);
     assert_eq!(job.command("state adopt", &MOVED).unwrap_err().reason, Reason::Usage);
     assert_eq!(job.counts(&[("c", 9), ("d", 10)], &MOVED), (1, 2), "the repeat after it is read again");
+}
+
+#[test]
+fn a_ledger_that_was_begun_to_be_made_again_is_finished_by_a_run_with_another_state_folder() {
+    let job = Small::without_ledger();
+    job.begin_to_adopt(Adopting::default());
+    let elsewhere = format!("state_dir={}", job.folder.path().join("elsewhere").display());
+    let moved = [MOVED[0], &elsewhere];
+    let stop = job.command("state adopt", &moved).unwrap_err();
+    assert_eq!(stop.reason, Reason::Usage);
+    assert!(stop.way_out.contains("tidemill run job.toml"), "{}", stop.way_out);
+    assert!(!stop.way_out.contains("adopt-rows"), "they would count as seen for good: {}", stop.way_out);
+    assert_eq!(job.counts(&[("d", 10)], &moved), (1, 4), "as it was begun: from the start");
 }
 
 #[test]

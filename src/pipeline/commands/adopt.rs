@@ -417,6 +417,9 @@ fn usable_generation(
     if let Some(index) = chosen {
         return Ok(fitting.swap_remove(index));
     }
+    if prepared.record.is_some() && !other_key {
+        return Err(begun_elsewhere(options));
+    }
     let (reason, what) = if other_key {
         (Reason::KeySpecChanged, "the state folder was made for another key than this job's")
     } else {
@@ -434,6 +437,19 @@ fn usable_generation(
         )
     };
     Err(Stop::new(reason, what, way_out))
+}
+
+/// What the ledger that was begun took over of the one before it stands in the state folder of then.
+fn begun_elsewhere(options: &RunOptions) -> Stop {
+    Stop::new(
+        Reason::Usage,
+        "the ledger was begun to be made again, and this state folder knows nothing of the one before it",
+        format!(
+            "nothing was changed; to finish it as it was begun, in this state folder:\n  tidemill run {}\nto begin it in another \
+             way, give the command with the state folder that it was begun with",
+            options.job_shown
+        ),
+    )
 }
 
 fn adopted_ledger(
