@@ -346,6 +346,22 @@ fn a_ledger_that_was_begun_to_be_made_again_is_finished_by_a_run_with_another_st
 }
 
 #[test]
+fn a_ledger_that_is_begun_again_from_the_start_keeps_no_place_in_a_topic_that_has_left_the_job() {
+    let job = Small::new("window = \"1 hour\"");
+    job.broker.create_topics(&["left".to_owned()], 1).unwrap();
+    let both = "source.kafka.topics=[\"events\", \"left\"]";
+    let payload = format!(r#"{{"event_id":"z","ts":{BEGIN_MS}}}"#);
+    job.producer.send(BaseRecord::<(), _>::to("left").payload(&payload)).unwrap();
+    assert_eq!(job.counts(&[("a", 0)], &[both]), (2, 0));
+    job.copy_table("demo.small", "demo.copy");
+    job.begin_to_adopt(Adopting { after_last_row: true, ..Adopting::default() });
+    assert!(job.record_of(&MOVED).cursor("left", 0).is_some(), "its row says how far it was read");
+    job.command("state adopt", &MOVED).unwrap();
+    assert!(job.record_of(&MOVED).cursor("left", 0).is_none());
+    assert_eq!(job.counts(&[], &[MOVED[0], both]), (0, 2), "it is read from its begin when it joins again");
+}
+
+#[test]
 fn a_ledger_that_is_made_again_knows_the_late_rows_of_a_job_that_puts_none_aside_any_more() {
     let job = Small::new("window = \"1 hour\"");
     let aside = "event_time.late=side";

@@ -337,10 +337,15 @@ async fn begin_again(
     next.dedup.clone_from(&adopted.dedup);
     next.others.clone_from(&adopted.others);
     let lane = next.lanes.entry(LIVE_LANE.to_owned()).or_default();
-    for (name, start) in starts {
-        let at_start = Cursor { start: *start, end: *start, tail: None, max_event_time: None };
-        let cursor = adopted.cursors.get(name).copied().unwrap_or(at_start);
-        let known = lane.topics.entry(name.topic.clone()).or_default().insert(name.partition, cursor);
+    // As a first record: what it was begun with says nothing of topics that the job does not read.
+    let begun = std::mem::take(&mut lane.topics);
+    let at_start = |start: NextOffset| Cursor { start, end: start, tail: None, max_event_time: None };
+    let mut cursors: BTreeMap<&TopicPartition, Cursor> =
+        starts.iter().map(|(name, start)| (name, at_start(*start))).collect();
+    cursors.extend(adopted.cursors.iter().map(|(name, cursor)| (name, *cursor)));
+    for (name, cursor) in cursors {
+        lane.topics.entry(name.topic.clone()).or_default().insert(name.partition, cursor);
+        let known = begun.get(&name.topic).and_then(|known| known.get(&name.partition));
         let old_end = known.map(|known| known.end);
         if old_end != Some(cursor.end) {
             let (topic, partition) = (name.topic.clone(), name.partition);
