@@ -7,7 +7,9 @@
 //! 1. The records: the broker holds the whole ranges, as many rows came of them, and the last record of each topic partition is
 //!    the one that the ledger hashed.
 //! 2. The verdicts: the job has the same hash, and what is too far ahead is held against the batch's cut time. A letter depends
-//!    on its record and the job alone, so it is the same wherever records are cut.
+//!    on its record and the job alone, so it is the same wherever records are cut. But for one: a run without end held each
+//!    chunk against the time by then, and the record has the last of these times alone. What was too far ahead by less than
+//!    what passed since may not come out again; then their number differs, and 3 refuses.
 //! 3. The rows: letters that stood in the table before the batch stand there still, and no later batch has come, so what it
 //!    lacks is what the batch owed it. That they are as many as the record names is compared.
 //!
