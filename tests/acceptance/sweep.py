@@ -30,6 +30,8 @@ class Scene:
     command: list[str] = field(default_factory=lambda: ["run", "--json"])
     exit_code: int = 0
     stops: Collection[str] = ()
+    # What the command is refused with where a life that was killed had done all of it.
+    is_done: str | None = None
     # Whether no snapshot expires, so that every commit can be compared with the ranges that it names.
     is_history_kept: bool = True
     # What the command finds in its environment, besides the fault.
