@@ -12,16 +12,17 @@ import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 import ledger
 from conftest import Corner
-from events import event
+from events import Feed, event
 from job import Job, Running, started, tidemill
 from preload import build_library
 from services import wait_until
@@ -33,6 +34,8 @@ BUSY, FENCED = 10, 20
 BATCHES_OF_THE_OTHER = 5
 # Until here a copy has not read the ledger: what it finds when it wakes is news and not a fence.
 BEFORE_SURVEY = {"start", "lock_folder_made", "lock_taken", "catalog_file_made"}
+# Where a copy has read everything, and left the other nothing to do.
+AT_THE_END = {"release_to_send"}
 # Three microbatches of the longest time, the grace of a minute, and some more.
 LEASE_OVER_S = 1_200
 
@@ -48,17 +51,21 @@ class Case:
         return f"{self.way}: {', '.join(f'{point}:{hit}' for point, hit in self.stops)}"
 
 
-def a_topic_of_many_microbatches(place: Corner) -> Scene:
-    """Nothing is there yet, so the first copy makes everything; each microbatch has refused rows."""
-    topic = place.topic(partitions=2)
-    feed = place.feed(topic)
-    for number in range(800):
+def send(feed: Feed, numbers: range) -> None:
+    """Events, and after some of them a repeat or a refused row."""
+    for number in numbers:
         feed.send(event(number), flush=False)
         if number % 9 == 0:
             feed.send(event(number // 2), flush=False)
         if number % 20 == 0:
             feed.send(event(number, event_type=None), flush=False)
     feed.flush()
+
+
+def a_topic_of_many_microbatches(place: Corner) -> Scene:
+    """Nothing is there yet, so the first copy makes everything; each microbatch has refused rows."""
+    topic = place.topic(partitions=2)
+    send(place.feed(topic), range(800))
     job = place.job(topic, microbatch={"max_records": 60}, max_ratio=0.5)
     return Scene(job, place.truth(topic))
 
@@ -82,9 +89,9 @@ def cases(passed: Counter[str], draws: random.Random) -> list[Case]:
     expired = [Case(((draws.choice(mid), draws.randint(1, 3)),), "lease_over") for _ in range(4)]
     if CASES == "all":
         return single + chains + expired
-    count = int(CASES)
-    more = min(max(count // 8, 1), 4)
-    return single[: max(count - 2 * more, 1)] + chains[:more] + expired[:more]
+    asked = int(CASES)
+    more = min(max(asked // 8, 1), 4)
+    return single[: max(asked - 2 * more, 1)] + chains[:more] + expired[:more]
 
 
 def stopped_copy(stack: ExitStack, job: Job, at: tuple[str, int], *words: str) -> Running:
@@ -115,8 +122,9 @@ def owner_of(job: Job) -> str | None:
 class Play:
     """One case."""
 
-    def __init__(self, scene: Scene, case: Case, clock: Path) -> None:
+    def __init__(self, scene: Scene, case: Case, clock: Path, send_more: Callable[[], None]) -> None:
         self.job = scene.restore().job
+        self.send_more = send_more
         self.scene = scene
         self.case = case
         self.environment = {}
@@ -147,6 +155,8 @@ class Play:
                 words = [*next(self.folders), "--takeover"] if number else []
                 copies.append(stopped_copy(stack, self.job, at, *words))
                 owned.append(owner_of(self.job) != before)
+            if any(point in AT_THE_END for point, _ in self.case.stops):
+                self.send_more()
             five = ["--max-batches", str(BATCHES_OF_THE_OTHER)]
             last = self.job.run(*self.others(), *five, environment=self.environment)
             if self.case.way == "same_folder":
@@ -184,8 +194,14 @@ def test_a_copy_that_slept_anywhere_while_another_worked_writes_nothing_more(pla
     scene.strike(TIDEMILL_POINTS=str(trace)).expect(0)
     all_cases = cases(Counter(trace.read_text().split()), random.Random(SEED))
     ends: Counter[str] = Counter()
+    feed, begins = place.feed(*scene.truth.topics), count(1_000, 400)
+
+    def send_more() -> None:
+        begin = next(begins)
+        send(feed, range(begin, begin + 400))
+
     for case in all_cases:
-        codes = Play(scene, case, clock).run()
+        codes = Play(scene, case, clock, send_more).run()
         ends.update(f"{case.way} {code}" for code in codes)
     print(f"seed {SEED}: {len(all_cases)} cases, ends by way and exit code: {dict(ends)}")
     report("fencing", {"seed": SEED, "cases": [str(case) for case in all_cases], "ends": ends})
