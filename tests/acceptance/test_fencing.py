@@ -199,6 +199,7 @@ def test_a_copy_that_slept_anywhere_while_another_worked_writes_nothing_more(pla
     def send_more() -> None:
         begin = next(begins)
         send(feed, range(begin, begin + 400))
+        scene.truth.advance()
 
     for case in all_cases:
         codes = Play(scene, case, clock, send_more).run()
