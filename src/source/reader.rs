@@ -13,8 +13,8 @@
 //!
 //! Invariant: a fault that was reported has left its queue, so no queue outlives it. Whoever reads on after an error reads
 //! with a new client from the same positions, and meets the same fault again if it lasts, never what stands behind it. A log
-//! that was cut and has grown again meanwhile refuses nothing any more: so every new client compares the last record taken
-//! first, and where there is none (nothing was ever taken) an error must not be dropped.
+//! that was cut and has grown again refuses nothing any more: so every new client compares the last record taken first, and
+//! where there is none an error must not be dropped.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -210,14 +210,15 @@ enum Fault {
 impl Slot {
     fn new(plan: ReadPlan) -> Self {
         let ReadPlan { topic_partition, start, end, low, tail } = plan;
-        let unchecked = tail.filter(|tail| tail.offset >= low.get() && tail.offset < start.get());
+        // One that the broker holds no more can never be compared: it is no tail.
+        let tail = tail.filter(|tail| tail.offset >= low.get() && tail.offset < start.get());
         Self {
             topic_partition,
             start,
             end: mutant!("frozen-end-overrun", NextOffset::at(end.get().saturating_add(1)) => end),
             next: start,
             tail,
-            unchecked,
+            unchecked: tail,
             finished: start >= end,
             at_end: false,
             moved_at: Duration::ZERO,
@@ -282,7 +283,8 @@ impl Slot {
                     self.at_end = false;
                     if let Some(tail) = self.unchecked {
                         self.compare(tail)?;
-                        self.moved(now);
+                        // An answer, but no progress: what is read again without any is believed at last.
+                        self.moved_at = now;
                     }
                     if offset >= self.end.get() {
                         self.finish();
@@ -334,7 +336,7 @@ impl Slot {
     /// The next client compares the last record taken before it gives another, as the first one does after a start: what was
     /// refused to this one (an offset past the end of a log that was cut) may be there again, of a log that has grown since.
     fn begin_anew(&mut self) {
-        if !self.finished && self.next > self.start {
+        if !self.finished {
             (self.start, self.unchecked) = (self.next, self.tail);
         }
     }
@@ -743,7 +745,7 @@ impl Reader {
         }
         // Only the tail was removed, since the question for `low` or since it was taken: no difference.
         if slot.unchecked.is_some_and(|tail| tail.offset < low) {
-            slot.unchecked = None;
+            (slot.tail, slot.unchecked) = (None, None);
             self.let_removed_tails_go();
         }
         self.read_again(index, problem)
@@ -758,6 +760,7 @@ impl Reader {
             // Where it is not answered, its own refusal tells.
             let Ok((low, _)) = held else { return };
             slot.unchecked = slot.unchecked.filter(|tail| tail.offset >= low);
+            slot.tail = slot.unchecked;
         }
     }
 
@@ -854,7 +857,7 @@ impl Reader {
         self.slots.iter().map(|slot| slot.next).collect()
     }
 
-    /// The last record consumed of each slot; the plan's own tail where no record came, `None` where there was none.
+    /// The last record consumed of each slot; the plan's own tail where no record came, `None` where the broker holds none.
     pub fn tails(&self) -> Vec<Option<Tail>> {
         self.slots.iter().map(|slot| slot.tail).collect()
     }

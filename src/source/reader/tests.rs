@@ -85,6 +85,21 @@ fn a_new_client_gives_nothing_of_a_log_that_was_cut_and_has_grown_again() {
 }
 
 #[test]
+fn a_new_client_compares_although_nothing_was_taken_since_the_one_before_it_did() {
+    let (mut reader, _same) = moved_to_a_log_of(0..15);
+    assert!(reader.await_record(Instant::now() + PATIENCE).unwrap());
+    assert!(reader.slots[0].unchecked.is_none(), "the second client has compared, and given nothing");
+    let other = cluster(&[("t", 1)]);
+    send_bytes(&other, "t", 0, &record_batch(0, &payloads("t", 0, 100..120), 20));
+    reader.config.set("bootstrap.servers", other.bootstrap_servers());
+    reader.be_patient(true).unwrap();
+    let mut chunk = RecordChunk::default();
+    let error = reader.read(&mut chunk, limits(100, 1 << 20)).unwrap_err();
+    assert!(matches!(&error, SourceError::TailDiffers { .. }), "{error:?}");
+    assert!(chunk.is_empty());
+}
+
+#[test]
 fn one_refusal_tells_of_every_last_record_that_was_removed() {
     let cluster = cluster(&[("t", 3)]);
     let sender = producer(cluster.bootstrap_servers());
@@ -96,6 +111,7 @@ fn one_refusal_tells_of_every_last_record_that_was_removed() {
     let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
     for slot in &mut reader.slots {
         slot.unchecked = Some(tail(slot.start.get() - 1, 1));
+        slot.tail = slot.unchecked;
     }
     reader.out_of_range(0, "refused".to_owned()).unwrap();
     let left: Vec<bool> = reader.slots.iter().map(|slot| slot.unchecked.is_some()).collect();
