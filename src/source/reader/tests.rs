@@ -1,5 +1,6 @@
 use std::ops::Range;
 
+use super::slot::differs;
 use super::*;
 use crate::source::tests::{
     Mock, PATIENCE, cluster, connect, drain, expected, limits, payloads, plan, positions, producer,
