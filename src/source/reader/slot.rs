@@ -195,6 +195,10 @@ impl Slot {
                     if self.next > self.start {
                         return Err(Fault::WentBack { found: offset });
                     }
+                    // Between the two nothing was visible when the tail was consumed.
+                    if let Some(tail) = self.tail.filter(|tail| tail.offset < offset) {
+                        return Err(Fault::TailDiffers { offset: tail.offset });
+                    }
                     // The tail itself, or what stands before the start in the first record batch.
                     if let Some(queue) = self.queue.as_mut() {
                         queue.drop_head();

@@ -101,6 +101,30 @@ fn a_new_client_compares_although_nothing_was_taken_since_the_one_before_it_did(
 }
 
 #[test]
+fn a_record_that_came_to_stand_between_the_last_one_taken_and_the_start_is_of_another_log() {
+    let cluster = cluster(&[("t", 1)]);
+    send_bytes(&cluster, "t", 0, &record_batch(0, &payloads("t", 0, 0..10), 10));
+    let connection = connect(&cluster, &["t"]);
+    let mut plan = plan(&connection, &BTreeMap::new());
+    plan[0].end = NextOffset::at(10);
+    let mut reader = Reader::assign(&connection, plan.clone(), ReaderOptions::default()).unwrap();
+    let mut chunk = RecordChunk::default();
+    reader.read(&mut chunk, limits(6, 1 << 20)).unwrap();
+    plan[0].tail = reader.tails()[0];
+    let mut read_from = |start| {
+        plan[0].start = NextOffset::at(start);
+        let mut reader = Reader::assign(&connection, plan.clone(), ReaderOptions::default()).unwrap();
+        let mut chunk = RecordChunk::default();
+        let status = reader.read(&mut chunk, limits(100, 1 << 20));
+        status.map(|_| chunk.len())
+    };
+    assert_eq!(read_from(6).unwrap(), 4);
+    let error = read_from(8).unwrap_err();
+    let place = (TopicPartition::new("t", 0), 5);
+    assert!(matches!(&error, SourceError::TailDiffers { places } if *places == [place]), "{error:?}");
+}
+
+#[test]
 fn one_refusal_tells_of_every_last_record_that_was_removed() {
     let cluster = cluster(&[("t", 3)]);
     let sender = producer(cluster.bootstrap_servers());
