@@ -116,7 +116,8 @@ enum Command {
     /// Go on after offsets were lost to retention, or files of a side table; the loss is written into the ledger
     ///
     /// For the stops OFFSETS_LOST and SIDE_FILES_LOST. A commit without rows states the old end, the new start and the reason,
-    /// or how many rows of which batch a side table does not get. Of late rows given up so the keys stay seen.
+    /// or how many rows of which batch a side table does not get. Of late rows given up so the keys stay seen. On a cluster or
+    /// topic that was made anew only rows of side tables are given up, and `rebase-offsets` comes after it.
     AcceptLoss(OffsetsArgs),
     /// Look at the dedup state, make it again, or discard it
     #[command(subcommand)]

@@ -15,7 +15,7 @@
 //! 2. What a ledger record says of offsets comes from [`Reached`](super::lanes::Reached) of the lane, which moves only when a
 //!    microbatch takes what was read.
 //! 3. An error that the reader met is the run's, after what the reader gave before it: the next read of the lane gives it, without
-//!    asking the broker again, and until then nothing is read ahead. A log that was cut and has grown again shows no trace.
+//!    asking the broker again, and until then nothing is read ahead.
 //!
 //! Only the live lane is read ahead, and only while no backfill is active: whose turn is next is known then. A state that does
 //! not fit in memory is looked up in probe batches as large as memory allows, so that nothing is read beside those; a commit has

@@ -504,13 +504,10 @@ impl Session<'_> {
         if self.lanes.goal.as_deref() != Some(lane) {
             return Ok(());
         }
-        if let Blocked::Stopped(stop) = blocked {
-            return Err(Stop::new(stop.reason, what, stop.way_out.clone()));
-        }
-        Err(Stop::new(
-            if matches!(blocked, Blocked::Lost(_)) { Reason::OffsetsLost } else { Reason::Usage },
-            what,
-            drop_it,
-        ))
+        let way_out = match blocked {
+            Blocked::Stopped(stop) => stop.way_out.clone(),
+            _ => drop_it,
+        };
+        Err(Stop::new(blocked.reason(), what, way_out))
     }
 }

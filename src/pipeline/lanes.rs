@@ -27,10 +27,10 @@ use crate::lateness::Lateness;
 use crate::offset::{NextOffset, TopicPartition};
 use crate::record::RecordChunk;
 use crate::source::{
-    Connection, LostRange, OffsetRange, ReadLimits, ReadPlan, ReadStatus, Reader, ReaderOptions, SourceError,
-    Tail, check_ranges,
+    Connection, Loss, LostRange, OffsetRange, ReadLimits, ReadPlan, ReadStatus, Reader, ReaderOptions,
+    SourceError, Tail, check_ranges,
 };
-use crate::stop::Stop;
+use crate::stop::{Reason, Stop};
 
 /// Live microbatches in a row after which a backfill gets its turn.
 const LIVE_STREAK_MAX: u32 = 4;
@@ -253,6 +253,20 @@ pub(super) enum Blocked {
     Stopped(Stop),
     /// It gives nothing now.
     Rests,
+}
+
+impl Blocked {
+    /// The named reason of a run that was to end with this backfill; lost ranges as the start table judges those of live.
+    pub(super) fn reason(&self) -> Reason {
+        match self {
+            Self::Lost(ranges) if ranges.iter().all(|range| range.loss == Loss::Removed) => {
+                Reason::OffsetsLost
+            }
+            Self::Lost(_) => Reason::TopicChanged,
+            Self::Stopped(stop) => stop.reason,
+            Self::NoTopic(_) | Self::Rests => Reason::Usage,
+        }
+    }
 }
 
 /// What is read of a backfill: from the ledger's cursors to its frozen ends.
@@ -497,7 +511,6 @@ mod tests {
     use super::*;
     use crate::commit::ledger::Cursor;
     use crate::commit::ledger::tests::record;
-    use crate::source::Loss;
 
     /// Takes turns until the life ends or `most` were taken. Live has so many microbatches to read, backfills without end.
     fn turns(mut live: u32, backfills: &[&str], goal: Option<u64>, most: usize) -> String {
@@ -597,6 +610,9 @@ mod tests {
         let (from, to) = (NextOffset::at(10), NextOffset::at(12));
         let topic_partition = TopicPartition::new("sent", 0);
         assert_eq!(lost, [LostRange { topic_partition, from, to, loss: Loss::Removed }]);
+        assert_eq!(Blocked::Lost(lost).reason(), Reason::OffsetsLost);
+        let cut_off = backfill_plans(&backfilling(), "june", &held(5, 8)).unwrap_err();
+        assert_eq!(cut_off.reason(), Reason::TopicChanged, "{cut_off:?}");
         let none = backfill_plans(&backfilling(), "june", &BTreeMap::new());
         assert!(matches!(none, Err(Blocked::NoTopic(name)) if name == "sent[0]"));
     }

@@ -169,6 +169,10 @@ pub(super) fn judge(
     }
 }
 
+fn same_log(survey: &Survey, job: &Job, options: &RunOptions, record: &LedgerRecord) -> Result<(), Stop> {
+    start::same_log(&Question::of(survey, job)?.facts(survey, job, options), record)
+}
+
 impl<'a> Prepared<'a> {
     /// The fence: from here on this process owns the table.
     pub(super) async fn take(
@@ -244,12 +248,9 @@ pub async fn move_offsets(
     command: OffsetCommand,
     confirm: &dyn Fn(&str) -> Result<(), Stop>,
 ) -> Result<Moved, Stop> {
-    let allow = Allow {
-        rebase: command == OffsetCommand::Rebase,
-        loss: command == OffsetCommand::AcceptLoss,
-        lost_files: command == OffsetCommand::AcceptLoss,
-        ..Allow::default()
-    };
+    // Side files are given up whatever became of the log: `rebase-offsets` is refused until they are.
+    let gives_up = command == OffsetCommand::AcceptLoss;
+    let allow = Allow { rebase: true, lost_files: gives_up, lost_list: gives_up, ..Allow::default() };
     let prepared = prepare(loaded, options, allow).await?;
     let Some(record) = prepared.record.clone() else {
         return Err(Stop::new(
@@ -262,10 +263,18 @@ pub async fn move_offsets(
         OffsetCommand::Rebase => differing_tails(&prepared, &record)?,
         OffsetCommand::AcceptLoss => BTreeSet::new(),
     };
-    let jumps = jumps(&prepared.survey, &record, command, &differing);
-    let lost = match command {
-        OffsetCommand::Rebase => Vec::new(),
-        OffsetCommand::AcceptLoss => sides::lost(&prepared).await?,
+    let jumps = || jumps(&prepared.survey, &record, command, &differing);
+    let (lost, jumps) = match command {
+        OffsetCommand::Rebase => (Vec::new(), jumps()),
+        OffsetCommand::AcceptLoss => {
+            let lost = sides::lost(&prepared).await?;
+            match same_log(&prepared.survey, &loaded.job, options, &record) {
+                Ok(()) => (lost, jumps()),
+                Err(stop) if lost.is_empty() => return Err(stop),
+                // Offsets of another log say nothing about what this one lost.
+                Err(_) => (lost, Vec::new()),
+            }
+        }
     };
     if jumps.is_empty() && lost.is_empty() {
         return Ok(Moved::default());

@@ -145,7 +145,7 @@ pub(super) async fn accept_loss(owner: &mut Owner<'_>, asked: &[SideLoss]) -> Re
 /// # Errors
 /// The [`Stop`] of the start table; `SIDE_FILES_LOST` if they can not be had exactly as they were, with the reason.
 pub async fn reread(loaded: &LoadedJob, options: &RunOptions, confirm: Confirm<'_>) -> Result<Reread, Stop> {
-    let allow = Allow { loss: true, lost_files: true, ..Allow::default() };
+    let allow = Allow { loss: true, lost_files: true, lost_list: true, ..Allow::default() };
     let prepared = prepare(loaded, options, allow).await?;
     let record = need_record(&prepared, options)?;
     let lost = lost_before_the_fence(&prepared, &record).await?;
@@ -186,12 +186,21 @@ pub async fn reread(loaded: &LoadedJob, options: &RunOptions, confirm: Confirm<'
     let (mut owner, connection, decoder) = prepared.take(&BTreeMap::new()).await?;
     let rule = &loaded.job.event_time;
     let written = async {
-        owner.fence_lost(&[&name]).await?;
+        let lost = owner.fence_lost(&[&name]).await?;
+        if !lost.iter().any(|lost| lost.role == role) {
+            // Put back since the question.
+            return Ok(None);
+        }
         let reader = LaneReader::open(&connection, Some(&record), lane, plans, reading, rule);
         let reader = reader.map_err(stops::source)?;
-        Again { owner: &mut owner, reader, decoder, memory, options }.write_and_name(rows).await
+        Again { owner: &mut owner, reader, decoder, memory, options }.write_and_name(rows).await?;
+        Ok(Some(rows))
     };
-    let done = written.await.map(|()| Reread { table: Some(name), batch: record.batch, rows });
+    let done = written.await.map(|rows| Reread {
+        table: rows.map(|_| name.clone()),
+        batch: record.batch,
+        rows: rows.unwrap_or(0),
+    });
     owner.end(done).await
 }
 

@@ -30,6 +30,12 @@ pub fn source(error: SourceError) -> Stop {
                 .to_owned()
         }
         Reason::Usage => "nothing was read or written; mend the job file, then:\n  tidemill check JOB".to_owned(),
+        // Nothing that a ledger could jump over: what is behind it may be whole.
+        Reason::OffsetsLost if matches!(error, SourceError::Damaged { .. }) => {
+            "nothing was read or written; repair or delete the damaged records on the broker, then:\n  \
+             tidemill run JOB"
+                .to_owned()
+        }
         Reason::OffsetsLost => {
             "everything before is committed; to go on without the lost events, with the ranges written into the \
              ledger:\n  tidemill accept-loss JOB"
@@ -61,13 +67,14 @@ pub fn after_reading(error: SourceError) -> Stop {
 }
 
 fn in_a_batch(error: SourceError, outcome: &str) -> Stop {
-    let damaged = matches!(error, SourceError::Damaged { .. });
     let stop = source(error);
-    let way_out = match damaged {
-        true => format!(
-            "{outcome}; repair or delete the damaged records on the broker, then:\n  tidemill run JOB"
+    let way_out = match stop.reason {
+        // What differs may have been read since the last commit, and then there is nothing to rebase.
+        Reason::TopicChanged => format!(
+            "{outcome}; a start compares that with the log, goes on if it is still the same, and says what to do if it is \
+             not:\n  tidemill run JOB"
         ),
-        false => ["nothing was read or written", "nothing was written", "everything before is committed"]
+        _ => ["nothing was read or written", "nothing was written", "everything before is committed"]
             .iter()
             .fold(stop.way_out, |text, untrue| text.replace(untrue, outcome)),
     };

@@ -118,10 +118,17 @@ impl Session<'_> {
     /// The served lane can not be read on. A backfill is named, and how it goes on.
     pub(super) fn unread(&self, error: SourceError) -> Stop {
         let served = self.lanes.served();
-        match served.is_live() {
-            true => stops::reading(error),
-            false => self.backfill_unread(&served.lane, error),
+        if served.is_live() {
+            return stops::reading(error);
         }
+        if error.reason() != Reason::TopicChanged {
+            return self.backfill_unread(&served.lane, error);
+        }
+        let way_out = format!(
+            "its open batch was dropped, live is not touched; going on compares what is committed with the log:\n  {}",
+            resume_command(&self.options.job_shown, &served.lane)
+        );
+        Stop::new(error.reason(), format!("backfill {}: {error}", served.lane), way_out)
     }
 
     /// A backfill can not be read, or not read on.

@@ -87,7 +87,7 @@ pub(crate) async fn admit<W: World>(
         if !allow.trust_ledger {
             refuse_cut_off(world, facts.found, main).await?;
         }
-        if !allow.lost_files {
+        if !allow.lost_list {
             refuse_lost_list(facts, record)?;
         }
     }

@@ -80,12 +80,15 @@ pub struct SideFacts<'a> {
 pub struct Allow {
     /// `run --ignore-rows`.
     pub ignore_rows: bool,
-    /// `rebase-offsets` is at work: cluster and topics may differ.
+    /// `rebase-offsets`, `accept-loss` or `savepoint restore` is at work: cluster and topics may differ. What moves offsets
+    /// by those of the ledger asks [`same_log`] itself.
     pub rebase: bool,
-    /// `accept-loss`, `side reread` or `savepoint restore` is at work: offsets may be out of range.
+    /// `side reread` or `savepoint restore` is at work: offsets may be out of range.
     pub loss: bool,
-    /// `accept-loss` or `side reread` is at work: files that a side table is owed may be gone, and the list that names them.
+    /// `accept-loss`, `side reread` or `savepoint restore` is at work: files that a side table is owed may be gone.
     pub lost_files: bool,
+    /// `accept-loss` or `side reread` is at work: the list that names those files may be gone.
+    pub lost_list: bool,
     /// `state adopt-rows` is at work: rows of a table without ledger come to count as seen.
     pub adopt_rows: bool,
     /// `state adopt` is at work: a lost ledger is made again.
@@ -128,8 +131,7 @@ pub fn judge(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> {
         side_follows(facts, *role, side, record)?;
     }
     if !allow.rebase {
-        same_cluster(facts, record)?;
-        same_topics(facts, record)?;
+        same_log(facts, record)?;
         if !allow.loss {
             offsets_in_range(facts, record)?;
         }
@@ -443,6 +445,15 @@ fn not_restorable(facts: &Facts<'_>, role: Role, side: &SideFacts<'_>, batch: u6
             facts.job_shown
         ),
     )
+}
+
+/// Whether cluster and topics are those that the ledger's offsets are of, as far as both are known.
+///
+/// # Errors
+/// `CLUSTER_CHANGED` or `TOPIC_CHANGED`, with `rebase-offsets` as the way out.
+pub fn same_log(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {
+    same_cluster(facts, record)?;
+    same_topics(facts, record)
 }
 
 fn same_cluster(facts: &Facts<'_>, record: &LedgerRecord) -> Result<(), Stop> {

@@ -113,14 +113,14 @@ pub enum SourceError {
     },
     /// A record batch fails its checksum or can not be decompressed, again and again.
     #[error(
-        "record batch of {topic_partition} at offset {next} or after is damaged (read {reads} times, last: \
+        "record batch of {topic_partition} at offset {from} or after is damaged (read {reads} times, last: \
          {problem}); repair or delete it on the broker"
     )]
     Damaged {
         /// The topic partition.
         topic_partition: TopicPartition,
-        /// The next offset: nothing at or after it was delivered.
-        next: NextOffset,
+        /// First offset that may be damaged: the next one, or that of the record before where this can not be compared.
+        from: NextOffset,
         /// How often it was read.
         reads: u32,
         /// What the client said.

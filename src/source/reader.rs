@@ -239,8 +239,8 @@ impl Reader {
         if self.needs_client { self.start_client() } else { Ok(()) }
     }
 
-    /// Waits until the last consumed record of every topic partition was compared or found to be gone. Records that
-    /// arrive meanwhile are kept for [`Reader::read`].
+    /// Waits until the last consumed record of every topic partition was compared or found to be gone, and nothing else
+    /// stands before its start. Records that arrive meanwhile are kept for [`Reader::read`].
     ///
     /// # Errors
     /// [`SourceError::TailDiffers`] lists every topic partition whose record differs; [`SourceError::Stalled`] if
@@ -248,7 +248,8 @@ impl Reader {
     pub fn verify_tails(&mut self, timeout: Duration) -> Result<(), SourceError> {
         self.ensure_client()?;
         let begun = Instant::now();
-        let mut differing = Vec::new();
+        // By name: who meets a new client on the way is compared twice.
+        let mut differing = BTreeMap::new();
         loop {
             let mut waiting = None;
             for index in 0..self.slots.len() {
@@ -260,7 +261,7 @@ impl Reader {
                     Err(Fault::TailDiffers { offset }) => {
                         let slot = &mut self.slots[index];
                         slot.unchecked = None;
-                        differing.push((slot.topic_partition.clone(), offset));
+                        differing.insert(slot.topic_partition.clone(), offset);
                     }
                     Err(fault) => self.resolve(index, fault)?,
                 }
@@ -274,7 +275,10 @@ impl Reader {
             }
             self.wait(timeout.saturating_sub(begun.elapsed()))?;
         }
-        if differing.is_empty() { Ok(()) } else { Err(SourceError::TailDiffers { places: differing }) }
+        if differing.is_empty() {
+            return Ok(());
+        }
+        Err(SourceError::TailDiffers { places: differing.into_iter().collect() })
     }
 
     /// Moves frozen ends forward, so that a reader that was exhausted reads on. An end that is not beyond the one that it has
@@ -506,7 +510,7 @@ impl Reader {
         }
         // Only the tail was removed, since the question for `low` or since it was taken: no difference.
         if slot.unchecked.is_some_and(|tail| tail.offset < low) {
-            (slot.tail, slot.unchecked) = (None, None);
+            slot.removed_below(low);
             self.let_removed_tails_go();
         }
         self.read_again(index, problem)
@@ -518,10 +522,9 @@ impl Reader {
         for slot in self.slots.iter_mut().filter(|slot| slot.unchecked.is_some()) {
             let TopicPartition { topic, partition } = &slot.topic_partition;
             let held = client.consumer().fetch_watermarks(topic, *partition, RANGE_TIME_MAX);
-            // Where it is not answered, its own refusal tells.
+            // Its own refusal tells; each unanswered question may take as long as this one did.
             let Ok((low, _)) = held else { return };
-            slot.unchecked = slot.unchecked.filter(|tail| tail.offset >= low);
-            slot.tail = slot.unchecked;
+            slot.removed_below(low);
         }
     }
 
@@ -548,7 +551,7 @@ impl Reader {
         if slot.rereads > REREADS_MAX {
             return Err(SourceError::Damaged {
                 topic_partition: slot.topic_partition.clone(),
-                next: slot.next,
+                from: slot.unseen_from(),
                 reads: slot.rereads,
                 problem,
             });
@@ -618,7 +621,7 @@ impl Reader {
         self.slots.iter().map(|slot| slot.next).collect()
     }
 
-    /// The last record consumed of each slot; the plan's own tail where no record came, `None` where the broker holds none.
+    /// The last record consumed of each slot; the plan's own tail where no record came.
     pub fn tails(&self) -> Vec<Option<Tail>> {
         self.slots.iter().map(|slot| slot.tail).collect()
     }

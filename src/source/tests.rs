@@ -410,7 +410,7 @@ fn a_damaged_record_batch_is_read_again_and_not_skipped() {
     cluster.request_errors(RDKafkaApiKey::Fetch, &[damaged; 50]);
     let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
     let error = reader.read(&mut RecordChunk::default(), limits(100, 1 << 20)).unwrap_err();
-    assert!(matches!(&error, SourceError::Damaged { next, reads: 4, .. } if next.get() == 0), "{error:?}");
+    assert!(matches!(&error, SourceError::Damaged { from, reads: 4, .. } if from.get() == 0), "{error:?}");
 }
 
 /// A record batch as brokers keep it, of records with these payloads. `records` is what its head says.
@@ -506,7 +506,7 @@ fn who_reads_on_after_a_damaged_record_batch_meets_it_again_and_never_what_stand
                 Err(error) => break error,
             }
         };
-        assert!(matches!(&error, SourceError::Damaged { next, .. } if next.get() == 10), "{error:?}");
+        assert!(matches!(&error, SourceError::Damaged { from, .. } if from.get() == 10), "{error:?}");
         assert_eq!((chunk.len(), positions(&reader)), (10, vec![10]));
     }
     let error = reader.await_record(Instant::now() + PATIENCE).unwrap_err();

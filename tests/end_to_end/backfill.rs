@@ -212,6 +212,15 @@ fn ids<'l>(log: impl IntoIterator<Item = &'l Logged>) -> BTreeSet<String> {
 const LATEST: &str = "source.kafka.start=latest";
 const SMALL_BATCHES: &str = "microbatch.max_records=300";
 
+/// A job that reads what comes, with a backfill of `events` older ones that has written its first microbatch.
+fn begun(prefix: &str, events: i64) -> Small {
+    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
+    job.send_shuffled(prefix, events);
+    job.run_noting(&[LATEST]).0.unwrap();
+    job.begin("june", &[SMALL_BATCHES], Some(1));
+    job
+}
+
 #[test]
 fn a_backfill_takes_exactly_the_records_of_its_range_and_moves_no_live_offset() {
     let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
@@ -396,10 +405,7 @@ fn a_backfill_that_is_asked_for_while_live_is_read_ahead_gets_its_turns_and_noth
 
 #[test]
 fn a_request_that_its_owner_did_not_live_to_answer_is_taken_up_by_the_next() {
-    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
-    job.send_shuffled("a", 400);
-    job.run_noting(&[LATEST]).0.unwrap();
-    job.begin("june", &[SMALL_BATCHES], Some(1));
+    let job = begun("a", 400);
     job.send_to(3, [("new".to_owned(), 2_999)]);
     let owner = job.start(&["run"], &[("TIDEMILL_STOP_AT", "state_prepared")]);
     deaths::stopped(&owner);
@@ -470,11 +476,8 @@ fn the_packed_record_is_enough_to_go_on_with_a_backfill() {
 
 #[test]
 fn a_backfill_whose_topic_left_the_job_is_paused_by_name_and_live_goes_on() {
-    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
+    let job = begun("a", 900);
     job.broker.create_topics(&["others".to_owned()], 1).unwrap();
-    job.send_shuffled("a", 900);
-    job.run_noting(&[LATEST]).0.unwrap();
-    job.begin("june", &[SMALL_BATCHES], Some(1));
     let (result, notes) = job.run_noting(&["source.kafka.topics=[\"others\"]"]);
     assert_eq!(result.unwrap().lanes[0].state, "paused");
     assert!(
@@ -595,10 +598,7 @@ fn a_backfill_that_tripped_the_brake_of_a_run_without_end_goes_on_by_the_command
 
 #[test]
 fn a_backfill_whose_last_record_does_not_come_is_waited_for_no_longer_than_for_its_next() {
-    let job = Small::partitioned("window = \"30 days\"", PARTITIONS);
-    job.send_shuffled("old", 400);
-    job.run_noting(&[LATEST]).0.unwrap();
-    job.begin("june", &[SMALL_BATCHES], Some(1));
+    let job = begun("old", 400);
     job.broker.refuse_fetches(true);
     let (mut notes, loaded) = (Notes::default(), job.load(&[]));
     job.runtime.block_on(pipeline::run(&loaded, &impatient(), &mut notes)).unwrap();

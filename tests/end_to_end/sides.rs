@@ -72,10 +72,13 @@ impl Bench {
         self.runtime.block_on(sides::reread(&self.load(sets), &options(), &yes))
     }
 
-    fn accept_loss(&self, sets: &[&str]) -> Moved {
+    fn move_offsets(&self, command: OffsetCommand, sets: &[&str]) -> Result<Moved, Stop> {
         let (loaded, options) = (self.load(sets), options());
-        let moving = pipeline::move_offsets(&loaded, &options, OffsetCommand::AcceptLoss, &yes);
-        self.runtime.block_on(moving).unwrap()
+        self.runtime.block_on(pipeline::move_offsets(&loaded, &options, command, &yes))
+    }
+
+    fn accept_loss(&self, sets: &[&str]) -> Moved {
+        self.move_offsets(OffsetCommand::AcceptLoss, sets).unwrap()
     }
 
     /// What commits of kind change say of themselves, oldest first.
@@ -221,6 +224,34 @@ fn letters_that_are_gone_are_given_up_by_name_and_the_job_goes_on() {
 }
 
 #[test]
+fn letters_that_are_gone_with_their_cluster_are_given_up_before_offsets_are_rebased() {
+    let bench = Bench::in_debt(40, &[]);
+    delete(&bench.owed("dead_letters"));
+    let rows = bench.rows_by("event_type");
+    let mut again = Bench::with_some_bad(40);
+    again.send_wave();
+    let other = [format!("source.kafka.properties.\"bootstrap.servers\"={}", again.broker.bootstrap())];
+    let other: Vec<&str> = other.iter().map(String::as_str).collect();
+    let is_another_log = |stop: Stop| {
+        assert!(matches!(stop.reason, Reason::ClusterChanged | Reason::TopicChanged), "{stop:?}");
+        assert!(stop.way_out.contains("tidemill rebase-offsets job.toml"), "{}", stop.way_out);
+    };
+    is_another_log(bench.stop(&other));
+    let refused = bench.move_offsets(OffsetCommand::Rebase, &other).unwrap_err();
+    assert_eq!(refused.reason, Reason::SideFilesLost);
+    assert!(refused.way_out.contains("tidemill accept-loss job.toml"), "{}", refused.way_out);
+    let cursors = bench.record().live().clone();
+    let moved = bench.accept_loss(&other);
+    assert_eq!((moved.jumps.len(), moved.side_losses.len()), (0, 1));
+    assert_eq!(bench.record().live(), &cursors, "no offset moved");
+    is_another_log(bench.stop(&other));
+    is_another_log(bench.move_offsets(OffsetCommand::AcceptLoss, &other).unwrap_err());
+    bench.move_offsets(OffsetCommand::Rebase, &other).unwrap();
+    let counts = bench.run(&other).counts;
+    assert_eq!((counts.written, bench.rows_by("event_type")), (0, rows), "every event was seen before");
+}
+
+#[test]
 fn a_list_of_side_files_that_is_gone_with_its_property_is_given_up_by_name() {
     let bench = Bench::in_debt(34, &[]);
     bench.edit_property(None);
@@ -250,6 +281,45 @@ fn a_restore_leaves_the_list_of_side_files_to_who_puts_its_property_back() {
     bench.edit_property(Some(property));
     bench.run(&[]);
     bench.assert_exact();
+}
+
+#[test]
+fn files_that_are_gone_concern_nobody_who_goes_back_to_before_their_batch() {
+    let mut bench = Bench::with_some_bad(42);
+    bench.send_wave();
+    bench.run(&[]);
+    bench.create("then").unwrap();
+    bench.send_wave();
+    bench.kill_at("main_landed:2", &[]);
+    delete(&bench.owed("dead_letters"));
+    bench.restore("then", &[]).unwrap();
+    bench.run(&[]);
+    bench.assert_exact();
+}
+
+#[test]
+fn files_that_are_put_back_while_a_command_asks_are_brought_by_it() {
+    for (seed, command) in [(43, "side reread"), (44, "accept-loss")] {
+        let bench = Bench::in_debt(seed, &[]);
+        let owed: Vec<_> =
+            bench.owed("dead_letters").into_iter().map(|path| (fs::read(&path).unwrap(), path)).collect();
+        owed.iter().for_each(|(_, path)| fs::remove_file(path).unwrap());
+        let put_back = |_: &str| {
+            owed.iter().for_each(|(content, path)| fs::write(path, content).unwrap());
+            Ok(())
+        };
+        let (loaded, options) = (bench.load(&[]), options());
+        if command == "side reread" {
+            let done = bench.runtime.block_on(sides::reread(&loaded, &options, &put_back)).unwrap();
+            assert_eq!(done, Reread { table: None, batch: 2, rows: 0 });
+        } else {
+            let moving = pipeline::move_offsets(&loaded, &options, OffsetCommand::AcceptLoss, &put_back);
+            assert!(bench.runtime.block_on(moving).unwrap().is_nothing());
+        }
+        assert!(bench.changes().is_empty() && bench.record().released, "{command}");
+        bench.run(&[]);
+        bench.assert_exact();
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ use crate::commit::ledger::{
 use crate::commit::side::{self, Role};
 use crate::job::Repeats;
 use crate::offset::{NextOffset, TopicId, TopicPartition};
-use crate::protocol::start::{Allow, Facts, SideFacts};
+use crate::protocol::start::{self, Allow, Facts, SideFacts};
 use crate::protocol::{self, Fence, LostSide, Owner, Terms, stops};
 use crate::source::OffsetRange;
 use crate::stop::{Reason, Stop};
@@ -162,9 +162,9 @@ pub(super) async fn live(shared: Shared, process: usize, orders: Orders) -> Resu
     };
     let allow = Allow {
         ignore_rows: orders.ignore_rows,
-        rebase: orders.command == Command::Rebase,
-        loss: orders.command == Command::AcceptLoss,
+        rebase: orders.command != Command::Run,
         lost_files: orders.command == Command::AcceptLoss,
+        lost_list: orders.command == Command::AcceptLoss,
         replay: orders.replay,
         ..Allow::default()
     };
@@ -182,14 +182,22 @@ pub(super) async fn live(shared: Shared, process: usize, orders: Orders) -> Resu
     }
     let differing =
         record.as_ref().map(|record| differing_tails(&shared.borrow(), record)).unwrap_or_default();
-    let jumps = match (orders.command, &record) {
-        (Command::Run, _) => None,
-        (command, Some(record)) => Some(jumps(command, record, &source, &differing)),
-        (_, None) => return Ok(()),
-    };
     let lost = match (orders.command, &record) {
         (Command::AcceptLoss, Some(record)) => protocol::lost_sides(&world, &sides, record).await?,
         _ => Vec::new(),
+    };
+    let jumps = match (orders.command, &record) {
+        (Command::Run, _) => None,
+        (Command::Rebase, Some(record)) => Some(jumps(Command::Rebase, record, &source, &differing)),
+        (Command::AcceptLoss, Some(record)) => match start::same_log(&facts, record) {
+            Ok(()) => Some(jumps(Command::AcceptLoss, record, &source, &differing)),
+            Err(stop) if lost.is_empty() => return Err(stop),
+            Err(_) => {
+                shared.borrow_mut().hit("letters of another log are given up");
+                Some(Vec::new())
+            }
+        },
+        (_, None) => return Ok(()),
     };
     if let Some(lost) = lost.iter().find(|lost| lost.role.holds_keys()) {
         // Before the fence, which writes the property anew: without the list, if that is what is lost.
@@ -217,7 +225,7 @@ pub(super) async fn live(shared: Shared, process: usize, orders: Orders) -> Resu
     };
     let mut owner = Owner::take(world, fence).await?;
     if let Some(jumps) = jumps {
-        let given_up = give_up(&mut owner).await;
+        let given_up = give_up(&mut owner, &lost).await;
         if given_up.is_err() || jumps.is_empty() {
             return owner.end(given_up).await;
         }
@@ -307,8 +315,9 @@ fn jumps(command: Command, record: &LedgerRecord, source: &Source, differing: &B
 }
 
 /// As `accept-loss` goes on without letters whose files are gone.
-async fn give_up(owner: &mut Owner<SimWorld>) -> Result<(), Stop> {
-    let lost = owner.fence_lost(&[]).await?;
+async fn give_up(owner: &mut Owner<SimWorld>, asked: &[LostSide]) -> Result<(), Stop> {
+    let asked: Vec<String> = asked.iter().map(|lost| side_ident(lost.role).to_string()).collect();
+    let lost = owner.fence_lost(&asked.iter().map(String::as_str).collect::<Vec<_>>()).await?;
     if lost.is_empty() {
         return owner.forward_sides().await;
     }

@@ -74,8 +74,13 @@ pub(super) struct Slot {
     pub(super) next: NextOffset,
     /// The last record consumed, of this run or an earlier one.
     pub(super) tail: Option<Tail>,
-    /// The tail that is still to be compared.
+    /// Oldest offset that the broker holds, as far as is known: an older tail can not be compared.
+    pub(super) low: i64,
+    /// The tail that is still to be compared: until a record at or after the start, or the end of the log, was met, since
+    /// nothing else may stand between the two.
     pub(super) unchecked: Option<Tail>,
+    /// This client has met the tail, and it is the same.
+    pub(super) is_same: bool,
     /// Nothing more is to be read of it.
     pub(super) finished: bool,
     /// The fetcher stands at the end of what it may see.
@@ -109,15 +114,16 @@ pub(super) enum Fault {
 impl Slot {
     pub(super) fn new(plan: ReadPlan) -> Self {
         let ReadPlan { topic_partition, start, end, low, tail } = plan;
-        // One that the broker holds no more can never be compared: it is no tail.
-        let tail = tail.filter(|tail| tail.offset >= low.get() && tail.offset < start.get());
+        let tail = tail.filter(|tail| tail.offset < start.get());
         Self {
             topic_partition,
             start,
             end: mutant!("frozen-end-overrun", NextOffset::at(end.get().saturating_add(1)) => end),
             next: start,
             tail,
-            unchecked: tail,
+            low: low.get(),
+            unchecked: tail.filter(|tail| tail.offset >= low.get()),
+            is_same: false,
             finished: start >= end,
             at_end: false,
             moved_at: Duration::ZERO,
@@ -140,6 +146,11 @@ impl Slot {
     /// Where the fetcher begins: at the tail while that is to be compared.
     pub(super) fn fetch_from(&self) -> i64 {
         self.unchecked.map_or(self.next.get(), |tail| tail.offset)
+    }
+
+    /// First offset that this client has not seen whole.
+    pub(super) fn unseen_from(&self) -> NextOffset {
+        if self.is_same { self.next } else { NextOffset::at(self.fetch_from()) }
     }
 
     pub(super) fn moved(&mut self, now: Duration) {
@@ -181,7 +192,7 @@ impl Slot {
                 Head::Record { offset } => {
                     self.at_end = false;
                     if let Some(tail) = self.unchecked {
-                        self.compare(tail)?;
+                        self.compare(tail, offset)?;
                         // An answer, but no progress: what is read again without any is believed at last.
                         self.moved_at = now;
                     }
@@ -195,10 +206,6 @@ impl Slot {
                     if self.next > self.start {
                         return Err(Fault::WentBack { found: offset });
                     }
-                    // Between the two nothing was visible when the tail was consumed.
-                    if let Some(tail) = self.tail.filter(|tail| tail.offset < offset) {
-                        return Err(Fault::TailDiffers { offset: tail.offset });
-                    }
                     // The tail itself, or what stands before the start in the first record batch.
                     if let Some(queue) = self.queue.as_mut() {
                         queue.drop_head();
@@ -208,13 +215,17 @@ impl Slot {
         }
     }
 
-    /// Compares the first record from the tail's offset on with the tail.
-    fn compare(&mut self, tail: Tail) -> Result<(), Fault> {
+    /// Compares the record at the head, which stands at `offset`, with the tail.
+    fn compare(&mut self, tail: Tail, offset: i64) -> Result<(), Fault> {
+        if offset >= self.start.get() {
+            self.unchecked = None;
+            return Ok(());
+        }
         let found = self.queue.as_ref().and_then(PartitionQueue::record).map(tail_of);
         if found.is_some_and(|found| differs(tail, found, self.start)) {
             return Err(Fault::TailDiffers { offset: tail.offset });
         }
-        self.unchecked = None;
+        self.is_same = true;
         Ok(())
     }
 
@@ -240,8 +251,16 @@ impl Slot {
     /// refused to this one (an offset past the end of a log that was cut) may be there again, of a log that has grown since.
     pub(super) fn begin_anew(&mut self) {
         if !self.finished {
-            (self.start, self.unchecked) = (self.next, self.tail);
+            self.start = self.next;
+            self.is_same = false;
+            self.unchecked = self.tail.filter(|tail| tail.offset >= self.low);
         }
+    }
+
+    /// The broker holds nothing before `low`.
+    pub(super) fn removed_below(&mut self, low: i64) {
+        self.low = low;
+        self.unchecked = self.unchecked.filter(|tail| tail.offset >= low);
     }
 
     /// Hashes the record taken last, if any was, and lets its memory go.
@@ -255,10 +274,10 @@ impl Slot {
     }
 }
 
-/// Whether the first record found from the tail's offset on proves that the log is another one.
+/// Whether a record found from the tail's offset on proves that the log is another one.
 ///
-/// A first record at or after the start means that the tail was compacted away: no proof. One between the two was
-/// not there when the tail was consumed, so the log was written again.
+/// One at or after the start proves nothing: the tail itself may have been compacted away. One between the two was not
+/// there when the tail was consumed, so the log was written again.
 pub(super) fn differs(tail: Tail, found: Tail, start: NextOffset) -> bool {
     found.offset < start.get() && mutant!("tail-not-compared", false => found != tail)
 }

@@ -111,17 +111,23 @@ fn a_record_that_came_to_stand_between_the_last_one_taken_and_the_start_is_of_an
     let mut chunk = RecordChunk::default();
     reader.read(&mut chunk, limits(6, 1 << 20)).unwrap();
     plan[0].tail = reader.tails()[0];
-    let mut read_from = |start| {
+    let mut begin_at = |start| {
         plan[0].start = NextOffset::at(start);
-        let mut reader = Reader::assign(&connection, plan.clone(), ReaderOptions::default()).unwrap();
-        let mut chunk = RecordChunk::default();
-        let status = reader.read(&mut chunk, limits(100, 1 << 20));
-        status.map(|_| chunk.len())
+        Reader::assign(&connection, plan.clone(), ReaderOptions::default()).unwrap()
     };
-    assert_eq!(read_from(6).unwrap(), 4);
-    let error = read_from(8).unwrap_err();
-    let place = (TopicPartition::new("t", 0), 5);
-    assert!(matches!(&error, SourceError::TailDiffers { places } if *places == [place]), "{error:?}");
+    assert_eq!(drain(&mut begin_at(6), 100, 1 << 20), expected("t", 0, 0, 6..10));
+    begin_at(6).verify_tails(PATIENCE).unwrap();
+    let is_another_log = |error: SourceError| {
+        let place = (TopicPartition::new("t", 0), 5);
+        assert!(matches!(&error, SourceError::TailDiffers { places } if *places == [place]), "{error:?}");
+    };
+    for start in [7, 9] {
+        is_another_log(begin_at(start).verify_tails(PATIENCE).unwrap_err());
+        chunk.clear();
+        is_another_log(begin_at(start).read(&mut chunk, limits(100, 1 << 20)).unwrap_err());
+        assert!(chunk.is_empty());
+    }
+    is_another_log(begin_at(10).verify_tails(PATIENCE).unwrap_err());
 }
 
 #[test]
