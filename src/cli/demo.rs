@@ -5,6 +5,7 @@
 //! shows the stop, runs `rebase-offsets`, and drops every repeat of the first. Nothing here knows a way around a rule.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -426,8 +427,10 @@ impl<'a> Demo<'a> {
         println!(
             "  python -c \"import polars as pl; print(pl.scan_iceberg('{metadata}').group_by('event_type').len().collect())\""
         );
+        // As it was called: who tries it out by `cargo run` has no `tidemill` on the path.
+        let program = env::args().next().unwrap_or_else(|| "tidemill".to_owned());
         println!(
-            "the same again, and nothing is written twice:  tidemill demo --dir {}",
+            "the same again, and nothing is written twice:  {program} demo --dir {}",
             self.args.dir.display()
         );
     }
