@@ -180,9 +180,14 @@ impl<'a> Prepared<'a> {
         starts: &BTreeMap<TopicPartition, NextOffset>,
     ) -> Result<(Owner<'a>, Connection, Decoder), Stop> {
         let Self { outside, survey, record, decoder, bears_lost_files, .. } = self;
+        let is_same_log = |record| same_log(&survey, &outside.loaded.job, outside.options, record).is_ok();
         let fence = Fence {
             cluster_id: survey.cluster.cluster_id.clone(),
-            topic_ids: survey.topic_ids(),
+            // Ids of another log are none of the ledger's.
+            topic_ids: match record.as_ref().is_none_or(is_same_log) {
+                true => survey.topic_ids(),
+                false => BTreeMap::new(),
+            },
             starts: starts.clone(),
             heads: (survey.main, survey.sides),
             record,
@@ -264,20 +269,17 @@ pub async fn move_offsets(
         OffsetCommand::AcceptLoss => BTreeSet::new(),
     };
     let jumps = || jumps(&prepared.survey, &record, command, &differing);
-    let (lost, jumps) = match command {
-        OffsetCommand::Rebase => (Vec::new(), jumps()),
+    let (lost, same_log, jumps) = match command {
+        OffsetCommand::Rebase => (Vec::new(), Ok(()), jumps()),
         OffsetCommand::AcceptLoss => {
-            let lost = sides::lost(&prepared).await?;
-            match same_log(&prepared.survey, &loaded.job, options, &record) {
-                Ok(()) => (lost, jumps()),
-                Err(stop) if lost.is_empty() => return Err(stop),
-                // Offsets of another log say nothing about what this one lost.
-                Err(_) => (lost, Vec::new()),
-            }
+            let same_log = same_log(&prepared.survey, &loaded.job, options, &record);
+            // Offsets of another log say nothing about what this one lost.
+            let jumps = if same_log.is_ok() { jumps() } else { Vec::new() };
+            (sides::lost(&prepared).await?, same_log, jumps)
         }
     };
     if jumps.is_empty() && lost.is_empty() {
-        return Ok(Moved::default());
+        return same_log.map(|()| Moved::default());
     }
     let losses = lost.iter().map(ToString::to_string);
     let question: Vec<String> = losses.chain(jumps.iter().map(describe)).collect();
@@ -300,10 +302,11 @@ pub async fn move_offsets(
     let (mut owner, _, _) = prepared.take(&BTreeMap::new()).await?;
     let side_losses = match sides::accept_loss(&mut owner, &lost).await {
         Ok(side_losses) if !jumps.is_empty() => side_losses,
-        ended => {
-            let ended = ended.map(|side_losses| Moved { jumps: Vec::new(), side_losses });
-            return owner.end(ended).await;
+        Ok(side_losses) => {
+            let moved = Moved { jumps: Vec::new(), side_losses };
+            return owner.end(if moved.is_nothing() { same_log.map(|()| moved) } else { Ok(moved) }).await;
         }
+        Err(stop) => return owner.end(Err(stop)).await,
     };
     let mut next = LedgerRecord {
         kind: Kind::Jump,

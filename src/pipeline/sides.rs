@@ -188,7 +188,8 @@ pub async fn reread(loaded: &LoadedJob, options: &RunOptions, confirm: Confirm<'
     let written = async {
         let lost = owner.fence_lost(&[&name]).await?;
         if !lost.iter().any(|lost| lost.role == role) {
-            // Put back since the question.
+            // Put back since the question; another table may be owed files still.
+            owner.forward_sides().await?;
             return Ok(None);
         }
         let reader = LaneReader::open(&connection, Some(&record), lane, plans, reading, rule);

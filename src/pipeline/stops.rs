@@ -32,8 +32,8 @@ pub fn source(error: SourceError) -> Stop {
         Reason::Usage => "nothing was read or written; mend the job file, then:\n  tidemill check JOB".to_owned(),
         // Nothing that a ledger could jump over: what is behind it may be whole.
         Reason::OffsetsLost if matches!(error, SourceError::Damaged { .. }) => {
-            "nothing was read or written; repair or delete the damaged records on the broker, then:\n  \
-             tidemill run JOB"
+            "nothing was read or written; repair or delete the damaged records on the broker, then the same command again, \
+             or:\n  tidemill run JOB"
                 .to_owned()
         }
         Reason::OffsetsLost => {
@@ -181,4 +181,42 @@ pub fn state(folder: &Path, error: StoreError) -> Stop {
         (Reason::Unexpected, format!("please report this; {RUN_AGAIN}"))
     };
     Stop::new(reason, format!("dedup state in {} failed", folder.display()), way_out).because(chain(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::offset::{NextOffset, TopicPartition};
+
+    fn differs() -> SourceError {
+        SourceError::TailDiffers { places: vec![(TopicPartition::new("sent", 0), 99)] }
+    }
+
+    fn damaged() -> SourceError {
+        let (topic_partition, from) = (TopicPartition::new("sent", 0), NextOffset::at(100));
+        SourceError::Damaged { topic_partition, from, reads: 4, problem: "checksum".to_owned() }
+    }
+
+    #[test]
+    fn a_log_that_differs_is_rebased_at_a_start_and_compared_again_in_the_middle_of_a_run() {
+        assert!(source(differs()).way_out.ends_with("tidemill rebase-offsets JOB"));
+        let stop = reading(differs());
+        assert_eq!(stop.reason, Reason::TopicChanged);
+        assert!(stop.way_out.starts_with("the open batch was dropped"), "{}", stop.way_out);
+        assert!(stop.way_out.ends_with("tidemill run JOB"), "{}", stop.way_out);
+    }
+
+    #[test]
+    fn damaged_records_are_no_loss_that_a_ledger_could_accept() {
+        let outcomes = [
+            (source(damaged()), "nothing was read or written"),
+            (reading(damaged()), "the open batch was dropped, everything before it is committed"),
+            (after_reading(damaged()), "everything before is committed"),
+        ];
+        for (stop, outcome) in outcomes {
+            assert_eq!(stop.reason, Reason::OffsetsLost);
+            assert!(stop.way_out.starts_with(outcome), "{}", stop.way_out);
+            assert!(stop.way_out.ends_with("tidemill run JOB"), "{}", stop.way_out);
+        }
+    }
 }

@@ -115,7 +115,8 @@ impl Session<'_> {
         }
     }
 
-    /// The served lane can not be read on. A backfill is named, and how it goes on.
+    /// The served lane can not be read on. A backfill is named, and how it goes on: what differs in its log may have been read
+    /// since its last commit, so only a new begin says whether it is to be dropped.
     pub(super) fn unread(&self, error: SourceError) -> Stop {
         let served = self.lanes.served();
         if served.is_live() {

@@ -83,7 +83,7 @@ pub struct Allow {
     /// `rebase-offsets`, `accept-loss` or `savepoint restore` is at work: cluster and topics may differ. What moves offsets
     /// by those of the ledger asks [`same_log`] itself.
     pub rebase: bool,
-    /// `side reread` or `savepoint restore` is at work: offsets may be out of range.
+    /// `side reread` is at work, or a savepoint is judged: offsets may be out of range.
     pub loss: bool,
     /// `accept-loss`, `side reread` or `savepoint restore` is at work: files that a side table is owed may be gone.
     pub lost_files: bool,

@@ -504,7 +504,7 @@ pub async fn restore_savepoint(
     let again = format!("savepoint restore {} {name}", options.job_shown);
     // What is wrong with the present offsets, topics, key and side files does not matter to who leaves them. Of a list of
     // side files that is lost with the property, the fence would write that nothing is owed.
-    let allow = Allow { rebase: true, loss: true, rekey: true, lost_files: true, ..Allow::default() };
+    let allow = Allow { rebase: true, rekey: true, lost_files: true, ..Allow::default() };
     let mut prepared = prepare(loaded, options, allow).await.map_err(|stop| beside_a_run(stop, &again))?;
     let head = need_record(&prepared, options)?;
     let restoration = plan(&mut prepared.survey, &head, loaded, options, name)?;

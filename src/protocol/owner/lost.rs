@@ -134,7 +134,7 @@ pub(crate) async fn find<W: World>(
 impl<W: World> Owner<W> {
     /// Side tables that can not get what the last record owes them, with their heads fenced: what is gone can not come any
     /// more. `asked` are those of which a person was told before main was fenced; until then the owner before may have
-    /// brought them their files. One that this owner has brought them, as they were put back, is not among those given.
+    /// brought them their files. One whose files were put back is not among those given.
     ///
     /// # Errors
     /// `SIDE_FILES_LOST`: it has, and the files may be gone all the same. `TABLE_CHANGED`: it did after this owner loaded them.
@@ -142,7 +142,7 @@ impl<W: World> Owner<W> {
         let lost = find(&self.world, &self.sides, &self.record).await?;
         for table in asked {
             let is_lost = |lost: &LostSide| self.side_ident(lost.role).to_string() == *table;
-            if !lost.iter().any(is_lost) && !self.brought(table) {
+            if !lost.iter().any(is_lost) && self.another_brought(table) {
                 return Err(stops::came_meanwhile(table, self.record.batch));
             }
         }
@@ -152,12 +152,11 @@ impl<W: World> Owner<W> {
         Ok(lost)
     }
 
-    /// Whether it was this owner that gave a side table the files of the last record.
-    fn brought(&self, table: &str) -> bool {
-        let is_named = |role: &Role| self.side_ident(*role).to_string() == *table;
-        let Some(role) = self.roles().into_iter().find(is_named) else { return false };
-        let mark = side_mark::inspect(W::Tables::metadata(self.side(role))).ok().flatten();
-        mark.is_some_and(|mark| (mark.epoch, mark.batch) == (self.record.epoch, self.record.batch))
+    /// Whether a side table got the files of the last record, and not from this owner.
+    fn another_brought(&self, table: &str) -> bool {
+        let named = self.sides.iter().find(|(role, _)| self.side_ident(**role).to_string() == *table);
+        let mark = named.and_then(|(_, side)| side_mark::inspect(W::Tables::metadata(side)).ok().flatten());
+        mark.is_some_and(|mark| mark.batch >= self.record.batch && mark.epoch != self.record.epoch)
     }
 
     /// Lets side tables that [`Owner::fence_lost`] gave be owed other files than the last record names, for a stated reason,

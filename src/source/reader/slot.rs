@@ -150,7 +150,11 @@ impl Slot {
 
     /// First offset that this client has not seen whole.
     pub(super) fn unseen_from(&self) -> NextOffset {
-        if self.is_same { self.next } else { NextOffset::at(self.fetch_from()) }
+        match self.unchecked {
+            Some(tail) if self.is_same => NextOffset::after(tail.offset),
+            Some(tail) => NextOffset::at(tail.offset),
+            None => self.next,
+        }
     }
 
     pub(super) fn moved(&mut self, now: Duration) {
@@ -226,6 +230,7 @@ impl Slot {
             return Err(Fault::TailDiffers { offset: tail.offset });
         }
         self.is_same = true;
+        self.unchecked = mutant!("records-before-the-start-pass", None => self.unchecked);
         Ok(())
     }
 
@@ -250,9 +255,9 @@ impl Slot {
     /// The next client compares the last record taken before it gives another, as the first one does after a start: what was
     /// refused to this one (an offset past the end of a log that was cut) may be there again, of a log that has grown since.
     pub(super) fn begin_anew(&mut self) {
+        self.is_same = false;
         if !self.finished {
             self.start = self.next;
-            self.is_same = false;
             self.unchecked = self.tail.filter(|tail| tail.offset >= self.low);
         }
     }
