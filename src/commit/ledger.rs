@@ -532,11 +532,11 @@ impl Found {
     }
 }
 
-/// Reads the ledger: ancestry of the current snapshot first, property second.
+/// Reads the ledger: ancestry of the current snapshot first, property second; where that does not agree, the other snapshots.
 ///
 /// # Errors
-/// [`LedgerError`] when the record that would hold is newer or broken. A broken property is passed over while the
-/// ancestry has the record.
+/// [`LedgerError`] when the record that would hold is newer or broken. What is broken beside the ancestry is passed over
+/// while that has the record.
 pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
     let on_ancestry = newest_on_ancestry(metadata)?;
     let property = metadata.properties().get(PROPERTY).map(|text| LedgerRecord::from_property(text));
@@ -550,7 +550,11 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
         (Ancestry::Record(packed), Some(Ok(full))) if is_full_form_of(&full, &packed) => {
             Ok(Found::Record(Box::new(full)))
         }
-        (Ancestry::Record(packed), _) => Ok(Found::Record(packed)),
+        // Nothing but what was rolled back says so where the property is gone.
+        (Ancestry::Record(packed), _) => Ok(match newest_above(metadata, packed.sequence)? {
+            Some(newer) => Found::RolledBack { older: Some(packed), newer },
+            None => Found::Record(packed),
+        }),
         (_, None) => Ok(Found::Nothing),
         (_, Some(Err(error))) => Err(error),
         (Ancestry::Complete, Some(Ok(full))) => Ok(Found::RolledBack { older: None, newer: Box::new(full) }),
@@ -674,6 +678,24 @@ fn newest_on_ancestry(metadata: &TableMetadata) -> Result<Ancestry, LedgerError>
         complete = snapshot.parent_snapshot_id().is_none() && snapshot.sequence_number() <= 1;
     }
     Ok(if complete { Ancestry::Complete } else { Ancestry::CutOff })
+}
+
+/// The newest record of all snapshots that are kept, on the ancestry or not, if it is above a sequence.
+fn newest_above(metadata: &TableMetadata, sequence: u64) -> Result<Option<Box<LedgerRecord>>, LedgerError> {
+    let mut newest: Option<Box<LedgerRecord>> = None;
+    for snapshot in metadata.snapshots() {
+        let Some(text) = snapshot.summary().additional_properties.get(SUMMARY_PACKED) else { continue };
+        let record = match LedgerRecord::from_packed(text, snapshot.snapshot_id()) {
+            Ok(record) => record,
+            Err(newer @ LedgerError::Newer { .. }) => return Err(newer),
+            Err(_) => continue,
+        };
+        let known = newest.as_ref().map_or(sequence, |newest| newest.sequence);
+        if mutant!("rollback-forgotten-with-property", false => record.sequence > known) {
+            newest = Some(Box::new(record));
+        }
+    }
+    Ok(newest)
 }
 
 /// Snapshots from the current one to the oldest that is kept; ends too where a broken catalog lets them go in a circle.

@@ -665,10 +665,7 @@ fn foreign_hand(universe: &mut Universe, kind: Kind) {
             universe.hit("table replaced");
         }
         Kind::PropertyEdited if content.record.is_some() => {
-            let edited = universe.edited(&named.metadata, |text| {
-                text["properties"].as_object_mut().into_iter().for_each(|all| _ = all.remove(PROPERTY));
-            });
-            universe.tables.get_mut(&main).expect("it is there").metadata = edited;
+            universe.remove_ledger_property(&main);
             universe.hit("ledger property removed");
         }
         _ => {}

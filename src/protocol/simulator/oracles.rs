@@ -102,6 +102,10 @@ fn below(universe: &Universe, flight: &Flight, base: &Content) -> Content {
                 .values()
                 .find(|content| content.record.as_ref().is_some_and(|known| known.attempt == record.attempt));
             let landed = landed.cloned().unwrap_or_default();
+            let last = rows(&landed.files).filter_map(|row| row.batch).max();
+            if last.is_some() && !rows(&base.files).any(|row| row.batch == last) {
+                return base.clone();
+            }
             Content { record: Some(Rc::from(record)), truth: landed.truth, files: Rc::clone(&base.files) }
         }
         _ => base.clone(),

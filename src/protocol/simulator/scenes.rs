@@ -265,6 +265,25 @@ fn a_living_owner_does_not_go_on_from_a_table_that_was_rolled_back_and_whose_his
 }
 
 #[test]
+fn a_rollback_is_found_where_the_property_is_gone_too() {
+    let mut scene = Scene::new();
+    scene.produce(&[ON_TIME]);
+    scene.run(0, orders()).unwrap();
+    let first = scene.snapshot_of_batch(1);
+    scene.produce(&[(3, EventKind::OnTime)]);
+    scene.run(0, orders()).unwrap();
+    {
+        let mut universe = scene.shared.borrow_mut();
+        universe.set_current(&main_ident(), first);
+        universe.remove_ledger_property(&main_ident());
+    }
+    assert_eq!(reason(scene.run(0, orders())), Reason::TableRolledBack);
+    scene.run(0, Orders { replay: true, ..orders() }).unwrap();
+    assert_eq!(scene.batch(), 2);
+    scene.is_whole();
+}
+
+#[test]
 fn a_zombie_keeps_no_side_table_small_that_its_successor_has_marked() {
     let (mut scene, zombie) =
         Scene::with_one_at("batch landed", Orders { follows: true, keeps_up: true, ..orders() }, &[LATE]);

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::oracles;
-use crate::commit::ledger::LedgerRecord;
+use crate::commit::ledger::{LedgerRecord, PROPERTY};
 use crate::protocol::Request;
 
 /// The simulated clock begins here, ms since the epoch.
@@ -429,6 +429,14 @@ impl Universe {
         Arc::new(serde_json::from_value(text).expect("an edit that keeps the metadata whole"))
     }
 
+    /// Takes the ledger's property from a table.
+    pub(super) fn remove_ledger_property(&mut self, ident: &TableIdent) {
+        let edited = self.edited(&self.tables[ident].metadata, |text| {
+            text["properties"].as_object_mut().into_iter().for_each(|all| _ = all.remove(PROPERTY));
+        });
+        self.tables.get_mut(ident).expect("it is there").metadata = edited;
+    }
+
     /// Makes an older or newer snapshot the current one, as a rollback does.
     pub(super) fn set_current(&mut self, ident: &TableIdent, snapshot: i64) {
         let metadata = Arc::clone(&self.tables[ident].metadata);
@@ -528,7 +536,7 @@ impl Universe {
         let snapshot = self.snapshot(head, sender, now_ms, request.summary.clone());
         let number = self.next_number(sender);
         self.sent_paths.extend(request.files.iter().map(|file| file.path.clone()));
-        if let Some(text) = request.properties.get(crate::commit::ledger::PROPERTY) {
+        if let Some(text) = request.properties.get(PROPERTY) {
             let record = LedgerRecord::from_property(text).expect("a record of ours");
             let owed = record.sides.values().flat_map(|side| side.files.iter().flatten());
             self.sent_paths.extend(owed.map(|file| file["path"].as_str().unwrap_or_default().to_owned()));
