@@ -9,7 +9,7 @@ use std::task::{Context, Waker};
 use super::oracles;
 use super::process::{Command, Orders, live, main_ident, side_ident};
 use super::universe::{Event, EventKind, File, Named, Partition, Row, Shared, Universe, WORLD};
-use crate::commit::ledger::PROPERTY;
+use crate::commit::ledger::{self, Found, LedgerRecord, PROPERTY};
 use crate::commit::side::{Role, inspect};
 use crate::stop::{Reason, Stop};
 
@@ -577,9 +577,18 @@ impl Chaos {
     }
 }
 
+/// The record that a start judges by, on the ancestry or, where others expired that, in the property alone.
+fn record_to_go_by(universe: &Universe) -> Option<LedgerRecord> {
+    let main = universe.tables.get(&main_ident())?;
+    match ledger::inspect(&main.metadata).expect("a ledger of ours") {
+        Found::RolledBack { older: Some(older), .. } => Some(*older),
+        found => found.record().cloned(),
+    }
+}
+
 /// The job file is set back to what the ledger says; where there is none yet, to the job that the side tables follow.
 fn set_job_back(universe: &mut Universe) {
-    match universe.content(&main_ident()).record {
+    match record_to_go_by(universe) {
         Some(record) => {
             let columns = record.dedup.key_spec_hash.rsplit(' ').next();
             universe.job.key_columns = columns.and_then(|text| text.parse().ok()).unwrap_or(0);
