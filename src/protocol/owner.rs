@@ -299,6 +299,7 @@ impl<W: World> Owner<W> {
             self.reload_side(role).await?;
         }
         self.claim_sides(judged).await?;
+        self.refuse_ahead().await?;
         self.set_sides_back().await?;
         match mutant!("start-forgets-debt", Ok(()) => self.forward_sides().await) {
             Err(stop) if bears_lost_files && stop.reason == Reason::SideFilesLost => {}
@@ -660,6 +661,25 @@ impl<W: World> Owner<W> {
                 Err(stops::side(SideError::OtherJob { table, found, expected }, self.committing()))
             }
         }
+    }
+
+    /// Main may have been rolled back while this start slept, to the very head that it had judged, and lost the property that
+    /// would tell. A side table tells too, and what is read beside what it got since would stand twice.
+    async fn refuse_ahead(&self) -> Result<(), Stop> {
+        if self.record.sides_back_to.is_some() {
+            return Ok(());
+        }
+        let (main, generation) = (self.record.batch, self.record.batch_generation());
+        for role in self.roles() {
+            let ident = self.side_ident(role);
+            let mark = side_mark::inspect(W::Tables::metadata(self.side(role)));
+            let mark = mark.map_err(|error| stops::ledger(ident, error))?;
+            if let Some(ahead) = mark.filter(|mark| !mark.fits(main, generation)) {
+                let error = SideError::Ahead { table: ident.to_string(), side: ahead.batch, main };
+                return Err(self.side_failed(error).await);
+            }
+        }
+        Ok(())
     }
 
     /// Gives each side table the files that the last record owes it.

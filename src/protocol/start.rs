@@ -422,8 +422,10 @@ fn side_follows(
             side.table, mark.batch, facts.table, record.batch
         ),
         format!(
-            "nothing was read or written; roll both tables to the same batch with your engine, then:\n  tidemill run {}",
-            facts.job_shown
+            "nothing was read or written; with your engine, roll table {} forward again, or the {words} back to its last \
+             snapshot of batch {} or before (tidemill.side in its summary; what came since is read again), then:\n  \
+             tidemill run {}",
+            facts.table, record.batch, facts.job_shown
         ),
     ))
 }

@@ -10,7 +10,7 @@ use super::oracles;
 use super::process::{Command, Orders, live, main_ident, side_ident};
 use super::universe::{Event, EventKind, File, Named, Partition, Row, Shared, Universe, WORLD};
 use crate::commit::ledger::{self, Found, LedgerRecord, PROPERTY};
-use crate::commit::side::{Role, inspect};
+use crate::commit::side::{Role, inspect, snapshot_of};
 use crate::stop::{Reason, Stop};
 
 /// Steps in which things go wrong.
@@ -291,6 +291,7 @@ impl Chaos {
             Reason::TableRolledBack => {
                 self.replay = false;
                 roll_forward(universe);
+                set_sides_to_main(universe);
             }
             Reason::TableReplaced | Reason::LedgerLost => put_back(universe),
             // Late rows that are given up leave keys without rows: no oracle here knows of those.
@@ -691,6 +692,31 @@ fn roll_forward(universe: &mut Universe) {
     universe.hit("person rolled forward");
     for named in universe.tables.values_mut() {
         named.metadata = Arc::clone(&named.best);
+    }
+}
+
+/// A person rolls each side table that went on from another batch than main's back to its last snapshot that main can have
+/// had. What main owes it comes again, and what it was given since is read again.
+pub(super) fn set_sides_to_main(universe: &mut Universe) {
+    // A replay does it itself.
+    let Some(record) = record_to_go_by(universe).filter(|record| record.sides_back_to.is_none()) else {
+        return;
+    };
+    let (batch, generation) = (record.batch, record.batch_generation());
+    for ident in Role::ALL.map(side_ident) {
+        let Some(metadata) = universe.tables.get(&ident).map(|named| Arc::clone(&named.metadata)) else {
+            continue;
+        };
+        let mark = inspect(&metadata).expect("a mark of ours");
+        let fits = mark.is_none_or(|mark| mark.job_id != record.job_id || mark.fits(batch, generation));
+        let Some(back) = snapshot_of(&metadata, record.job_id, batch, generation).filter(|_| !fits) else {
+            continue;
+        };
+        universe.set_current(&ident, back);
+        let named = universe.tables.get_mut(&ident).expect("it was looked at");
+        // Where a person left it: not to be rolled forward from.
+        named.best = Arc::clone(&named.metadata);
+        universe.hit("person set a side table to main's batch");
     }
 }
 

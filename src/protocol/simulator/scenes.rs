@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
+use super::chaos::set_sides_to_main;
 use super::oracles;
 use super::process::{Command, Orders, live, main_ident, side_ident};
 use super::universe::{Choices, Event, EventKind, File, Folder, Row, Shared, Universe};
@@ -228,6 +229,29 @@ fn a_debt_is_paid_although_another_ledger_has_marked_the_late_table_meanwhile() 
     scene.shared.borrow_mut().tables.insert(main_ident(), first);
     scene.run(0, orders()).unwrap();
     assert_eq!(scene.late_rows().len(), 1);
+    scene.is_whole();
+}
+
+#[test]
+fn a_start_that_slept_reads_nothing_where_a_side_table_has_gone_on_from_what_it_fences() {
+    let mut scene = Scene::new();
+    scene.produce(&[ON_TIME]);
+    scene.run(0, orders()).unwrap();
+    let head = scene.shared.borrow().tables[&main_ident()].metadata.current_snapshot_id().unwrap();
+    scene.produce(&[(3, EventKind::OnTime), LATE]);
+    let mut slept = scene.start(1, Orders { batch_events: 1, ..orders() });
+    scene.until(&mut slept, "main_sent");
+    scene.run(0, orders()).unwrap();
+    // Main is rolled back to what it judged, and nothing on main tells.
+    {
+        let (mut universe, main) = (scene.shared.borrow_mut(), main_ident());
+        universe.set_current(&main, head);
+        universe.remove_ledger_property(&main_ident());
+    }
+    assert_eq!(reason(scene.end(slept)), Reason::TableRolledBack);
+    assert_eq!(scene.batch(), 1);
+    set_sides_to_main(&mut scene.shared.borrow_mut());
+    scene.run(0, orders()).unwrap();
     scene.is_whole();
 }
 
