@@ -1,5 +1,7 @@
 //! The mark of a side table: how far it has followed main. `protocol/side.rs` moves it.
 
+use std::collections::BTreeMap;
+
 use iceberg::spec::TableMetadata;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -160,18 +162,35 @@ pub fn batch_in(text: &str) -> Option<u64> {
     parse(text).ok().map(|mark| mark.batch)
 }
 
-/// The newest mark of one job, whoever marked the table since; the outer `None` if it may have been expired.
-pub fn newest_of(metadata: &TableMetadata, job_id: Uuid) -> Option<Option<SideMark>> {
-    let mut is_whole = true;
+/// What a table's history says of a batch that a ledger owes it, whoever marked the table since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Debt {
+    /// It has the files.
+    Paid,
+    /// It lacks them.
+    Open,
+    /// The mark that would tell may have been expired, or another ledger has brought files since, and of the same records may
+    /// have made the same rows.
+    Unknown,
+}
+
+/// How a table stands with the files of a batch of this job. A ledger marks a table before it brings it files, and every
+/// batch that it brings has a number of its own: marks of one number say that none came.
+pub fn debt_of(metadata: &TableMetadata, job_id: Uuid, batch: u64) -> Debt {
+    let (mut others, mut is_alone, mut is_whole) = (BTreeMap::new(), true, true);
     for snapshot in ancestry(metadata) {
-        let mark = snapshot.summary().additional_properties.get(MARK).map(|text| parse(text));
-        match mark {
-            Some(Ok(mark)) if mark.job_id == job_id => return Some(Some(mark)),
-            Some(Err(_)) => return None,
-            _ => is_whole = snapshot.parent_snapshot_id().is_none(),
+        match snapshot.summary().additional_properties.get(MARK).map(|text| parse(text)) {
+            Some(Ok(mark)) if mark.job_id == job_id && mark.batch >= batch => return Debt::Paid,
+            Some(Ok(mark)) if mark.job_id == job_id => {
+                return if is_alone { Debt::Open } else { Debt::Unknown };
+            }
+            Some(Ok(mark)) => is_alone &= *others.entry(mark.job_id).or_insert(mark.batch) == mark.batch,
+            Some(Err(_)) => return Debt::Unknown,
+            None => {}
         }
+        is_whole = snapshot.parent_snapshot_id().is_none() && snapshot.sequence_number() <= 1;
     }
-    is_whole.then_some(None)
+    if is_alone && is_whole { Debt::Open } else { Debt::Unknown }
 }
 
 /// The newest snapshot on the ancestry with which a side table was as main at this batch wants it: the last that followed

@@ -30,7 +30,7 @@ use crate::commit::ledger::{
     self, Cursor, FORMAT_VERSION, Found, Kind, LIVE_LANE, Lane, LedgerRecord, SideRecord,
 };
 use crate::commit::savepoint;
-use crate::commit::side::{self as side_mark, Role, SideError, SideMark};
+use crate::commit::side::{self as side_mark, Debt, Role, SideError, SideMark};
 use crate::commit::switch::SwitchError;
 use crate::commit::upkeep::Upkeep;
 use crate::counts::Counts;
@@ -206,15 +206,25 @@ fn same_table(table: &TableIdent, known: &TableMetadata, again: &TableMetadata) 
     ))
 }
 
-/// Marks of side tables as a start has judged them; of a table that was not there, none.
-type Marks = BTreeMap<Role, Option<SideMark>>;
+/// A side table as a start has judged it.
+struct Judged {
+    mark: Option<SideMark>,
+    /// Whether it has the files of the last batch, where a ledger goes on that owes it some.
+    is_paid: bool,
+}
 
-fn marks<W: World>(terms: &Terms, sides: &BTreeMap<Role, TableOf<W>>) -> Result<Marks, Stop> {
-    let mark = |(role, table): (&Role, &TableOf<W>)| {
-        let mark = side_mark::inspect(W::Tables::metadata(table));
-        Ok((*role, mark.map_err(|error| stops::ledger(&terms.sides[role], error))?))
+/// Side tables that were there.
+type Judgements = BTreeMap<Role, Judged>;
+
+fn judgements<W: World>(terms: &Terms, fence: &Fence<TableOf<W>>) -> Result<Judgements, Stop> {
+    let judged = |(role, table): (&Role, &TableOf<W>)| {
+        let metadata = W::Tables::metadata(table);
+        let mark = side_mark::inspect(metadata).map_err(|error| stops::ledger(&terms.sides[role], error))?;
+        let has = |record: &LedgerRecord| side_mark::debt_of(metadata, record.job_id, record.batch);
+        let is_paid = fence.record.as_ref().map(has) == Some(Debt::Paid);
+        Ok((*role, Judged { mark, is_paid }))
     };
-    sides.iter().map(mark).collect()
+    fence.heads.1.iter().map(judged).collect()
 }
 
 /// What a fence says beside the record that it copies.
@@ -255,7 +265,7 @@ pub(crate) struct Owner<W: World> {
 impl<W: World> Owner<W> {
     /// Fences: the first commit of this process, epoch + 1. A first run's fence records its start offsets.
     pub(crate) async fn take(mut world: W, mut fence: Fence<TableOf<W>>) -> Result<Self, Stop> {
-        let judged = marks::<W>(world.terms(), &fence.heads.1)?;
+        let judged = judgements::<W>(world.terms(), &fence)?;
         let (main, sides) = world.ensure_tables(std::mem::take(&mut fence.heads)).await?;
         let id = world.tables().new_id();
         let Fence { record, topic_ids, bears_lost_files, .. } = &fence;
@@ -270,7 +280,13 @@ impl<W: World> Owner<W> {
             None => first_record(&world, &main, &sides, &fence)?,
         };
         let is_ours = |mark: &&SideMark| mark.job_id == fenced.job_id;
-        let marked = judged.values().flatten().filter(is_ours).map(|mark| mark.epoch).max().unwrap_or(0);
+        let marked = judged
+            .values()
+            .filter_map(|judged| judged.mark.as_ref())
+            .filter(is_ours)
+            .map(|mark| mark.epoch)
+            .max()
+            .unwrap_or(0);
         let known = mutant!("local-epoch-rules", 0 => fenced.epoch).max(world.epoch_max()).max(marked);
         let epoch = known + mutant!("fence-keeps-epoch", 0 => 1);
         crate::crash_point!("tables_ready");
@@ -293,7 +309,7 @@ impl<W: World> Owner<W> {
     }
 
     /// What an owner sees to before it reads: side tables, new columns.
-    async fn settle(&mut self, judged: &Marks, bears_lost_files: bool) -> Result<(), Stop> {
+    async fn settle(&mut self, judged: &Judgements, bears_lost_files: bool) -> Result<(), Stop> {
         // They were loaded before the fence, and the owner before may have written since.
         for role in self.roles() {
             self.reload_side(role).await?;
@@ -618,9 +634,9 @@ impl<W: World> Owner<W> {
     }
 
     /// Marks side tables that do not follow this ledger yet, so that no other takes them. The start table has let only
-    /// unmarked ones through, and those of this very job and main table under another id. Of one whose rows have keys it
-    /// has judged the rows too: none has come to it since if its mark is the same.
-    async fn claim_sides(&mut self, judged: &Marks) -> Result<(), Stop> {
+    /// unmarked ones through, and those of this very job and main table under another id. Of one whose rows have keys, or
+    /// that is owed files, it has judged the rows too: none has come to it since if its mark is the same.
+    async fn claim_sides(&mut self, judged: &Judgements) -> Result<(), Stop> {
         for role in self.roles() {
             let (tables, ident) = (self.world.tables(), self.side_ident(role));
             let metadata = W::Tables::metadata(self.side(role));
@@ -628,11 +644,15 @@ impl<W: World> Owner<W> {
             if mark.as_ref().is_some_and(|mark| mark.job_id == self.record.job_id) {
                 continue;
             }
-            let is_judged = judged.get(&role).is_some_and(|judged| *judged == mark) || mark.is_none();
-            if mutant!("claims-what-was-not-judged", false => role.holds_keys() && !is_judged) {
+            let judged = judged.get(&role);
+            let is_judged = judged.is_some_and(|judged| judged.mark == mark) || mark.is_none();
+            let is_owed = self.record.sides.get(role.name()).is_some_and(|side| side.owed);
+            let concerns_rows = role.holds_keys() || is_owed;
+            if mutant!("claims-what-was-not-judged", false => concerns_rows && !is_judged) {
                 return Err(stops::side_went_on(ident, role));
             }
-            let first = self.first_mark(role, metadata)?;
+            let lacks = is_owed && !judged.is_some_and(|judged| judged.is_paid);
+            let first = self.first_mark(role, lacks);
             let claimed = side::claim(tables, ident, metadata.uuid(), &first, &mark, None).await;
             if let Err(error) = claimed {
                 return Err(self.side_failed(error).await);
@@ -643,23 +663,13 @@ impl<W: World> Owner<W> {
         Ok(())
     }
 
-    /// What a table is claimed with. Where the last record owes it files, and it did not get them before another ledger of
-    /// this job marked it, the mark says that it still lacks them.
-    fn first_mark(&self, role: Role, metadata: &TableMetadata) -> Result<SideMark, Stop> {
+    /// What a table is claimed with. Where it lacks files that the last record owes it, the mark says so: the start table has
+    /// let it through only where that is certain.
+    fn first_mark(&self, role: Role, lacks: bool) -> SideMark {
         let mark = self.mark(role);
-        if !self.record.sides.get(role.name()).is_some_and(|side| side.owed) {
-            return Ok(mark);
-        }
-        match side_mark::newest_of(metadata, self.record.job_id) {
-            Some(Some(own)) if own.batch >= mark.batch => Ok(mark),
-            Some(_) if mutant!("claim-forgets-debt", true => false) => Ok(mark),
-            Some(_) => Ok(SideMark { batch: mark.batch.saturating_sub(1), generation: None, ..mark }),
-            None => {
-                let found = side_mark::inspect(metadata).ok().flatten();
-                let found = found.map_or(self.record.job_id, |mark| mark.job_id);
-                let (table, expected) = (self.side_ident(role).to_string(), self.record.job_id);
-                Err(stops::side(SideError::OtherJob { table, found, expected }, self.committing()))
-            }
+        match mutant!("claim-forgets-debt", false => lacks) {
+            true => SideMark { batch: mark.batch.saturating_sub(1), generation: None, ..mark },
+            false => mark,
         }
     }
 

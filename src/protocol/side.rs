@@ -10,7 +10,7 @@
 //!    ledger of the same job, begun on a new main table, claims it at its start and never later, so files of one ledger
 //!    never land on the mark of another: whoever lost the table ends. Of a table whose rows have keys it claims what its
 //!    start table has judged, and takes batch numbers above all that stand there, by which a rebuild tells the rows of
-//!    the two apart.
+//!    the two apart. One that its ledger owes files it claims only where it is certain whether they stand there.
 //! 4. An owner changes no table that a later epoch of its ledger has marked: it was fenced, and what it would bring forward
 //!    or take back is not what main names now. A fence takes an epoch above every mark that it finds.
 //! 5. After a rollback of main a table whose rows have keys goes back too, to its own snapshot of that batch ([`go_back`]):

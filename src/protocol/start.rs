@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::commit::ledger::{Found, Jump, LedgerRecord};
 use crate::commit::savepoint;
-use crate::commit::side::{Role, SideMark, snapshot_of};
+use crate::commit::side::{Debt, Role, SideMark, debt_of, snapshot_of};
 use crate::event_time::EventTimeMs;
 use crate::mutant;
 use crate::offset::{TopicId, TopicPartition};
@@ -385,10 +385,10 @@ fn side_follows(
     if role.holds_keys() && side.rows > 0 && !is_known {
         return Err(rows_of_others(facts, role, side, record));
     }
-    let Some(mark) = &side.mark else { return Ok(()) };
+    let Some(mark) = &side.mark else { return debt_is_known(facts, role, side, record) };
     if !is_ours && mark.is_of(facts.job_name, facts.table) {
-        // Its main table was dropped, and this ledger began anew: the owner claims the table again.
-        return Ok(());
+        // Its main table was dropped, and this ledger began anew, or was put back: the owner claims the table again.
+        return debt_is_known(facts, role, side, record);
     }
     if !is_ours {
         return Err(Stop::new(
@@ -426,6 +426,46 @@ fn side_follows(
              snapshot of batch {} or before (tidemill.side in its summary; what came since is read again), then:\n  \
              tidemill run {}",
             facts.table, record.batch, facts.job_shown
+        ),
+    ))
+}
+
+/// Whether a table that the owner is about to mark has the files that the last record owes it.
+fn debt_is_known(
+    facts: &Facts<'_>,
+    role: Role,
+    side: &SideFacts<'_>,
+    record: &LedgerRecord,
+) -> Result<(), Stop> {
+    let is_owed = record.sides.get(role.name()).is_some_and(|named| named.owed);
+    let is_known = |metadata| debt_of(metadata, record.job_id, record.batch) != Debt::Unknown;
+    // An empty table has none of them.
+    if !is_owed || side.rows == 0 || side.metadata.is_none_or(is_known) {
+        return Ok(());
+    }
+    let (words, table) = (role.table_in_words(), &side.table);
+    let (reason, what, put_back) = match side.mark {
+        Some(_) => (
+            Reason::OtherJob,
+            format!("{words} {table} of this ledger was claimed by another ledger of the job"),
+            format!("put the main table of the other ledger back, or the {words} as it was before the claim"),
+        ),
+        None => (
+            Reason::LedgerCorrupt,
+            format!("{words} {table} has lost its mark, table property tidemill.side"),
+            format!("put the {words} back as it was with it"),
+        ),
+    };
+    Err(Stop::new(
+        reason,
+        format!(
+            "{what}, and nothing tells which rows that batch {} owes it stand there already",
+            record.batch
+        ),
+        format!(
+            "nothing was read or written; {put_back} (register_table with an earlier metadata file), then:\n  \
+             tidemill run {}",
+            facts.job_shown
         ),
     ))
 }

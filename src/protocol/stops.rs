@@ -239,8 +239,8 @@ pub fn side(error: SideError, committing: Committing<'_>) -> Stop {
         error @ SideError::OtherJob { .. } => Stop::new(
             Reason::OtherJob,
             error.to_string(),
-            "nothing of its rows is lost; give each job side tables of its own (sink.iceberg.dead_letters.table, \
-             sink.iceberg.late.table), then:\n  tidemill run JOB",
+            "main is committed, and nothing of its rows is lost; the next run claims the side table again, or says what to \
+             put back:\n  tidemill run JOB",
         ),
         error @ SideError::NotRestorable { .. } => Stop::new(
             Reason::SideNotRestorable,

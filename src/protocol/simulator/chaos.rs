@@ -282,6 +282,9 @@ impl Chaos {
                 self.replay = false;
                 roll_forward(universe);
             }
+            Reason::OtherJob if stop.what.contains("claimed by another ledger") => {
+                take_claim_back(universe, &stop)
+            }
             Reason::KeySpecChanged | Reason::OtherJob => set_job_back(universe),
             // It was meant, or it was not.
             Reason::TableRolledBack if !self.replay && universe.choose(2) == 0 => {
@@ -692,6 +695,18 @@ fn roll_forward(universe: &mut Universe) {
     universe.hit("person rolled forward");
     for named in universe.tables.values_mut() {
         named.metadata = Arc::clone(&named.best);
+    }
+}
+
+/// A person registers a side table again as main's ledger left it, before another ledger claimed it.
+fn take_claim_back(universe: &mut Universe, stop: &Stop) {
+    let Some(record) = record_to_go_by(universe) else { return };
+    for ident in Role::ALL.map(side_ident).into_iter().filter(|ident| stop.what.contains(&ident.to_string()))
+    {
+        let Some(named) = universe.tables.get_mut(&ident) else { continue };
+        let Some(unclaimed) = named.of_ledgers.get(&record.job_id) else { continue };
+        (named.metadata, named.best) = (Arc::clone(unclaimed), Arc::clone(unclaimed));
+        universe.hit("person took a claim back");
     }
 }
 

@@ -125,6 +125,10 @@ impl Scene {
         self.shared.borrow().content(&main_ident()).record.expect("a ledger").batch
     }
 
+    fn sequence(&self) -> u64 {
+        self.shared.borrow().content(&main_ident()).record.expect("a ledger").sequence
+    }
+
     /// The snapshot of main that carries a microbatch.
     fn snapshot_of_batch(&self, batch: u64) -> i64 {
         let universe = self.shared.borrow();
@@ -168,6 +172,7 @@ fn reason(ended: Ended) -> Reason {
 
 const LATE: (u32, EventKind) = (1, EventKind::Late);
 const ON_TIME: (u32, EventKind) = (2, EventKind::OnTime);
+const BAD: (u32, EventKind) = (0, EventKind::Bad);
 
 #[test]
 fn a_ledger_begun_beside_late_rows_of_an_earlier_one_counts_above_them_and_rebuilds_without_them() {
@@ -229,6 +234,39 @@ fn a_debt_is_paid_although_another_ledger_has_marked_the_late_table_meanwhile() 
     scene.shared.borrow_mut().tables.insert(main_ident(), first);
     scene.run(0, orders()).unwrap();
     assert_eq!(scene.late_rows().len(), 1);
+    scene.is_whole();
+}
+
+#[test]
+fn a_debt_is_paid_although_the_mark_that_another_ledger_followed_was_expired() {
+    let (mut scene, killed) = Scene::with_one_at("sides_sent", orders(), &[LATE]);
+    scene.kill(killed);
+    let first = scene.replace_main();
+    let mut second = scene.start(1, orders());
+    scene.until(&mut second, "data_files_closed");
+    scene.kill(second);
+    scene.shared.borrow_mut().tables.insert(main_ident(), first);
+    scene.shared.borrow_mut().expire(&side_ident(Role::Late), 1);
+    // It is empty, so it has not got them.
+    scene.run(0, orders()).unwrap();
+    assert_eq!(scene.late_rows().len(), 1);
+    scene.is_whole();
+}
+
+#[test]
+fn letters_are_not_brought_to_a_table_that_may_have_them_of_another_ledger() {
+    let (mut scene, killed) = Scene::with_one_at("sides_sent", orders(), &[BAD, ON_TIME]);
+    scene.kill(killed);
+    let letters = side_ident(Role::DeadLetters);
+    let unclaimed = scene.shared.borrow().tables[&letters].clone();
+    let first = scene.replace_main();
+    scene.run(1, orders()).unwrap();
+    scene.shared.borrow_mut().tables.insert(main_ident(), first);
+    let before = scene.sequence();
+    let stop = scene.run(0, orders()).unwrap_err();
+    assert_eq!((stop.reason, scene.sequence()), (Reason::OtherJob, before), "{stop:?}");
+    scene.shared.borrow_mut().tables.insert(letters, unclaimed);
+    scene.run(0, orders()).unwrap();
     scene.is_whole();
 }
 

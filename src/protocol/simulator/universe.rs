@@ -18,6 +18,7 @@ use uuid::Uuid;
 
 use super::oracles;
 use crate::commit::ledger::{LedgerRecord, PROPERTY};
+use crate::commit::side;
 use crate::protocol::Request;
 
 /// The simulated clock begins here, ms since the epoch.
@@ -148,6 +149,8 @@ pub(super) struct Named {
     pub(super) metadata: Arc<TableMetadata>,
     /// Metadata after the last commit of ours: what a person rolls forward to.
     pub(super) best: Arc<TableMetadata>,
+    /// Of a side table: metadata after the last commit of each ledger that marked it, by the id of its job.
+    pub(super) of_ledgers: BTreeMap<Uuid, Arc<TableMetadata>>,
 }
 
 /// A request that has left its process.
@@ -411,7 +414,7 @@ impl Universe {
         let builder = TableMetadataBuilder::from_table_creation(creation).expect("a plain table");
         let metadata = builder.assign_uuid(uuid).build().expect("a plain table").metadata;
         let metadata = self.edited(&metadata, |_| {});
-        let named = Named { best: Arc::clone(&metadata), metadata };
+        let named = Named { best: Arc::clone(&metadata), metadata, of_ledgers: BTreeMap::new() };
         self.tables.insert(ident.clone(), named);
         true
     }
@@ -579,6 +582,8 @@ impl Universe {
         self.contents.insert(flight.snapshot.snapshot_id(), content);
         named.metadata = Arc::new(metadata);
         named.best = Arc::clone(&named.metadata);
+        let mark = side::inspect(&named.metadata).expect("a mark of ours");
+        named.of_ledgers.extend(mark.map(|mark| (mark.job_id, Arc::clone(&named.metadata))));
         Ok(())
     }
 
