@@ -315,7 +315,7 @@ impl<W: World> Owner<W> {
             self.reload_side(role).await?;
         }
         self.claim_sides(judged).await?;
-        self.refuse_ahead().await?;
+        mutant!("side-ahead-of-the-fence-passes", () => self.refuse_ahead().await?);
         self.set_sides_back().await?;
         match mutant!("start-forgets-debt", Ok(()) => self.forward_sides().await) {
             Err(stop) if bears_lost_files && stop.reason == Reason::SideFilesLost => {}

@@ -280,11 +280,12 @@ fn a_start_that_slept_reads_nothing_where_a_side_table_has_gone_on_from_what_it_
     let mut slept = scene.start(1, Orders { batch_events: 1, ..orders() });
     scene.until(&mut slept, "main_sent");
     scene.run(0, orders()).unwrap();
-    // Main is rolled back to what it judged, and nothing on main tells.
+    // Main is rolled back to what it judged, and expired: nothing on main tells.
     {
         let (mut universe, main) = (scene.shared.borrow_mut(), main_ident());
         universe.set_current(&main, head);
-        universe.remove_ledger_property(&main_ident());
+        universe.expire(&main, 1);
+        universe.remove_ledger_property(&main);
     }
     assert_eq!(reason(scene.end(slept)), Reason::TableRolledBack);
     assert_eq!(scene.batch(), 1);
