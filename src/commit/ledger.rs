@@ -555,7 +555,10 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
             Some(newer) => Found::RolledBack { older: Some(packed), newer },
             None => Found::Record(packed),
         }),
-        (_, None) => Ok(Found::Nothing),
+        (_, None) => Ok(match newest_above(metadata, 0)? {
+            Some(newer) => Found::RolledBack { older: None, newer },
+            None => Found::Nothing,
+        }),
         (_, Some(Err(error))) => Err(error),
         (Ancestry::Complete, Some(Ok(full))) => Ok(Found::RolledBack { older: None, newer: Box::new(full) }),
         (Ancestry::CutOff, Some(Ok(full))) => Ok(Found::CutOff(Box::new(full))),

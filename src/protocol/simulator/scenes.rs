@@ -347,6 +347,27 @@ fn a_rollback_is_found_where_the_property_is_gone_too() {
 }
 
 #[test]
+fn no_ledger_begins_on_a_table_that_was_rolled_back_to_before_its_first() {
+    let (mut scene, main) = (Scene::new(), main_ident());
+    let ignoring = Orders { ignore_rows: true, ..orders() };
+    let before = {
+        let mut universe = scene.shared.borrow_mut();
+        universe.create_table(&main, 1);
+        universe.foreign_commit(&main, Vec::new());
+        universe.tables[&main].metadata.current_snapshot_id().unwrap()
+    };
+    scene.produce(&[ON_TIME]);
+    scene.run(0, ignoring).unwrap();
+    {
+        let mut universe = scene.shared.borrow_mut();
+        universe.set_current(&main, before);
+        universe.remove_ledger_property(&main);
+    }
+    // Of a machine without a generation, which would tell too.
+    assert_eq!(reason(scene.run(1, ignoring)), Reason::TableRolledBack);
+}
+
+#[test]
 fn a_zombie_keeps_no_side_table_small_that_its_successor_has_marked() {
     let (mut scene, zombie) =
         Scene::with_one_at("batch landed", Orders { follows: true, keeps_up: true, ..orders() }, &[LATE]);
