@@ -551,11 +551,11 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
             Ok(Found::Record(Box::new(full)))
         }
         // Nothing but what was rolled back says so where the property is gone.
-        (Ancestry::Record(packed), _) => Ok(match newest_above(metadata, packed.sequence)? {
+        (Ancestry::Record(packed), _) => Ok(match newest_rolled_back(metadata, Some(&packed))? {
             Some(newer) => Found::RolledBack { older: Some(packed), newer },
             None => Found::Record(packed),
         }),
-        (_, None) => Ok(match newest_above(metadata, 0)? {
+        (_, None) => Ok(match newest_rolled_back(metadata, None)? {
             Some(newer) => Found::RolledBack { older: None, newer },
             None => Found::Nothing,
         }),
@@ -683,8 +683,14 @@ fn newest_on_ancestry(metadata: &TableMetadata) -> Result<Ancestry, LedgerError>
     Ok(if complete { Ancestry::Complete } else { Ancestry::CutOff })
 }
 
-/// The newest record of all snapshots that are kept, on the ancestry or not, if it is above a sequence.
-fn newest_above(metadata: &TableMetadata, sequence: u64) -> Result<Option<Box<LedgerRecord>>, LedgerError> {
+/// The newest record that was rolled back, as snapshots tell that are kept and not on the ancestry: of the ledger of `older` and
+/// above it, or, where the ancestry has no record, one that came after all that is kept of it. What is older may have been
+/// expired from below, and is kept for a tag.
+fn newest_rolled_back(
+    metadata: &TableMetadata,
+    older: Option<&LedgerRecord>,
+) -> Result<Option<Box<LedgerRecord>>, LedgerError> {
+    let oldest = ancestry(metadata).map(|snapshot| snapshot.sequence_number()).min();
     let mut newest: Option<Box<LedgerRecord>> = None;
     for snapshot in metadata.snapshots() {
         let Some(text) = snapshot.summary().additional_properties.get(SUMMARY_PACKED) else { continue };
@@ -693,8 +699,12 @@ fn newest_above(metadata: &TableMetadata, sequence: u64) -> Result<Option<Box<Le
             Err(newer @ LedgerError::Newer { .. }) => return Err(newer),
             Err(_) => continue,
         };
-        let known = newest.as_ref().map_or(sequence, |newest| newest.sequence);
-        if mutant!("rollback-forgotten-with-property", false => record.sequence > known) {
+        let is_above = match older {
+            Some(older) => record.job_id == older.job_id && record.sequence > older.sequence,
+            None => oldest.is_none_or(|oldest| snapshot.sequence_number() > oldest),
+        };
+        let is_newest = newest.as_ref().is_none_or(|newest| record.sequence > newest.sequence);
+        if mutant!("rollback-forgotten-with-property", false => is_above && is_newest) {
             newest = Some(Box::new(record));
         }
     }

@@ -22,7 +22,7 @@ use super::start::Allow;
 use super::survey::{follows, side_idents, uses};
 use super::{RunOptions, stops};
 use crate::catalog;
-use crate::commit::ledger;
+use crate::commit::ledger::{self, Found};
 use crate::commit::side::{self, Role};
 use crate::commit::upkeep::Upkeep;
 use crate::job::MaintenanceRule;
@@ -153,9 +153,10 @@ impl Keeper<'_, '_> {
 
     /// Whether main, as loaded last, carries the last commit of this owner.
     fn owns_head(&self) -> bool {
-        let found = ledger::inspect(self.owner.main_metadata());
-        let last = found.as_ref().ok().and_then(|found| found.record());
-        last.is_some_and(|record| record.attempt == self.owner.record.attempt)
+        match ledger::inspect(self.owner.main_metadata()) {
+            Ok(Found::Record(last) | Found::CutOff(last)) => last.attempt == self.owner.record.attempt,
+            _ => false,
+        }
     }
 
     /// One pass over one table. `search` = look for orphans among the data files whenever that was done last.

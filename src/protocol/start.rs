@@ -415,6 +415,10 @@ fn side_follows(
             _ => Ok(()),
         };
     }
+    let back_to = match mark.batch == record.batch {
+        true => format!("before batch {}", record.batch),
+        false => format!("of batch {} or before", record.batch),
+    };
     Err(Stop::new(
         Reason::TableRolledBack,
         format!(
@@ -423,9 +427,8 @@ fn side_follows(
         ),
         format!(
             "nothing was read or written; with your engine, roll table {} forward again, or the {words} back to its last \
-             snapshot of batch {} or before (tidemill.side in its summary; what came since is read again), then:\n  \
-             tidemill run {}",
-            facts.table, record.batch, facts.job_shown
+             snapshot {back_to} (tidemill.side in its summary; what came since is read again), then:\n  tidemill run {}",
+            facts.table, facts.job_shown
         ),
     ))
 }

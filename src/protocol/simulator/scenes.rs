@@ -13,7 +13,7 @@ use super::chaos::set_sides_to_main;
 use super::oracles;
 use super::process::{Command, Orders, live, main_ident, side_ident};
 use super::universe::{Choices, Event, EventKind, File, Folder, Row, Shared, Universe};
-use crate::commit::ledger::Kind;
+use crate::commit::ledger::{self, Found, Kind, PROPERTY};
 use crate::commit::side::Role;
 use crate::stop::{Reason, Stop};
 
@@ -344,6 +344,25 @@ fn a_rollback_is_found_where_the_property_is_gone_too() {
     scene.run(0, Orders { replay: true, ..orders() }).unwrap();
     assert_eq!(scene.batch(), 2);
     scene.is_whole();
+}
+
+#[test]
+fn what_is_older_than_all_that_is_kept_of_the_ancestry_was_expired_and_not_rolled_back() {
+    let (mut scene, main) = (Scene::new(), main_ident());
+    scene.produce(&[ON_TIME]);
+    scene.run(0, orders()).unwrap();
+    let mut universe = scene.shared.borrow_mut();
+    let files = (*universe.content_of(&universe.tables[&main].metadata).files).clone();
+    universe.foreign_commit(&main, files);
+    let metadata = universe.edited(&universe.tables[&main].metadata, |text| {
+        // A tag keeps the snapshots of ours; what led to them was expired.
+        let current = text["current-snapshot-id"].clone();
+        let mut snapshots = text["snapshots"].as_array_mut().unwrap().iter_mut();
+        let head = snapshots.find(|snapshot| snapshot["snapshot-id"] == current).unwrap();
+        head.as_object_mut().unwrap().remove("parent-snapshot-id");
+        text["properties"].as_object_mut().unwrap().remove(PROPERTY);
+    });
+    assert!(matches!(ledger::inspect(&metadata), Ok(Found::Nothing)));
 }
 
 #[test]
