@@ -327,23 +327,33 @@ fn a_living_owner_does_not_go_on_from_a_table_that_was_rolled_back_and_whose_his
     assert_eq!(reason(scene.end(owner)), Reason::TableRolledBack);
 }
 
-#[test]
-fn a_rollback_is_found_where_the_property_is_gone_too() {
+/// Two microbatches, of which the second was rolled back.
+fn rolled_back_by_one() -> Scene {
     let mut scene = Scene::new();
     scene.produce(&[ON_TIME]);
     scene.run(0, orders()).unwrap();
     let first = scene.snapshot_of_batch(1);
     scene.produce(&[(3, EventKind::OnTime)]);
     scene.run(0, orders()).unwrap();
-    {
-        let mut universe = scene.shared.borrow_mut();
-        universe.set_current(&main_ident(), first);
-        universe.remove_ledger_property(&main_ident());
-    }
+    scene.shared.borrow_mut().set_current(&main_ident(), first);
+    scene
+}
+
+#[test]
+fn a_rollback_is_found_where_the_property_is_gone_too() {
+    let mut scene = rolled_back_by_one();
+    scene.shared.borrow_mut().remove_ledger_property(&main_ident());
     assert_eq!(reason(scene.run(0, orders())), Reason::TableRolledBack);
     scene.run(0, Orders { replay: true, ..orders() }).unwrap();
     assert_eq!(scene.batch(), 2);
     scene.is_whole();
+}
+
+#[test]
+fn a_rollback_is_found_where_its_snapshots_are_gone_too() {
+    let mut scene = rolled_back_by_one();
+    scene.shared.borrow_mut().expire(&main_ident(), 1);
+    assert_eq!(reason(scene.run(0, orders())), Reason::TableRolledBack);
 }
 
 #[test]
