@@ -50,6 +50,7 @@ def measured(command: list[str], limit_bytes: int | None = None) -> Measured:
             peak_rss_bytes = 0
             while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 peak_rss_bytes = max(peak_rss_bytes, _peak_bytes(child.pid))
+                # a sample: a peak is asked for while the process lives, and nothing tells that it rose
                 time.sleep(LOOK_EVERY_SECONDS)
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)

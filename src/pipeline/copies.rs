@@ -318,6 +318,7 @@ impl Copier {
                     // Every microbatch is committed: a copy that fell is no reason to say otherwise.
                     Err(error) => format!("the dedup state was not copied to {}: {error}; please report this", self.to),
                 },
+                // A signal is only a flag, which is looked at below.
                 () = tokio::time::sleep(FINISH_LOOK_INTERVAL) => {}
             }
             if is_interrupted() {

@@ -74,12 +74,14 @@ impl Tables for CatalogTables {
 
     /// For the protocol, which says what it waits for; the simulator has a clock of its own.
     async fn wait(&self, time: Duration) {
+        // The time itself is the condition: that nothing happens in it (R9), or that a catalog is left alone for it.
         tokio::time::sleep(time).await;
     }
 
     /// 0.2 s, doubled with each send, and up to as much again at random so that two writers do not march in step.
     async fn back_off(&self, sends: u32) {
         let base = Duration::from_millis(100) * 2u32.pow(sends.min(6));
+        // The head that is loaded next is the condition; a catalog tells nobody that it is free again.
         tokio::time::sleep(base + base.mul_f64(rand::random::<f64>())).await;
     }
 

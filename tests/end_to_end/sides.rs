@@ -30,6 +30,18 @@ impl Bench {
         bench
     }
 
+    /// As [`Bench::in_debt`], with a savepoint between the two.
+    fn in_debt_since_a_savepoint(seed: u64) -> Self {
+        let mut bench = Self::with_some_bad(seed);
+        bench.send_wave();
+        bench.run(&[]);
+        bench.create("then").unwrap();
+        bench.send_wave();
+        bench.kill_at("main_landed:2", &[]);
+        assert!(bench.record().owes_side_files());
+        bench
+    }
+
     fn side_folder(&self, table: &str) -> PathBuf {
         self.folder.path().join("warehouse/demo").join(table).join("data")
     }
@@ -268,12 +280,7 @@ fn a_list_of_side_files_that_is_gone_with_its_property_is_given_up_by_name() {
 
 #[test]
 fn a_restore_leaves_the_list_of_side_files_to_who_puts_its_property_back() {
-    let mut bench = Bench::with_some_bad(40);
-    bench.send_wave();
-    bench.run(&[]);
-    bench.create("then").unwrap();
-    bench.send_wave();
-    bench.kill_at("main_landed:2", &[]);
+    let bench = Bench::in_debt_since_a_savepoint(40);
     let property = bench.table().metadata().properties()[ledger::PROPERTY].clone();
     bench.edit_property(None);
     let stop = bench.restore("then", &[]).unwrap_err();
@@ -285,12 +292,7 @@ fn a_restore_leaves_the_list_of_side_files_to_who_puts_its_property_back() {
 
 #[test]
 fn files_that_are_gone_concern_nobody_who_goes_back_to_before_their_batch() {
-    let mut bench = Bench::with_some_bad(42);
-    bench.send_wave();
-    bench.run(&[]);
-    bench.create("then").unwrap();
-    bench.send_wave();
-    bench.kill_at("main_landed:2", &[]);
+    let bench = Bench::in_debt_since_a_savepoint(42);
     delete(&bench.owed("dead_letters"));
     bench.restore("then", &[]).unwrap();
     bench.run(&[]);

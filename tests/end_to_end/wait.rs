@@ -17,6 +17,7 @@ pub(crate) fn within<T>(mut condition: impl FnMut() -> Option<T>) -> Option<T> {
         if held.is_some() || begun.elapsed() > WAIT_MAX {
             return held;
         }
+        // The condition is asked again: nothing wakes who waits for it.
         thread::sleep(ASK_EVERY);
     }
 }

@@ -209,6 +209,7 @@ class Proxy:
             for piece in pieces:
                 writer.write(piece)
                 await writer.drain()
+                # the time is the fault
                 await asyncio.sleep(fault.delay_s / len(pieces))
             return True
         writer.write(answer)

@@ -221,17 +221,22 @@ fn a_zombie_brings_nothing_to_a_late_table_that_another_ledger_has_claimed() {
     scene.is_whole();
 }
 
-#[test]
-fn a_debt_is_paid_although_another_ledger_has_marked_the_late_table_meanwhile() {
+/// A ledger that owes its late table a row, put back after another one of the job has marked both side tables and written
+/// nothing.
+fn put_back_with_a_debt() -> Scene {
     let (mut scene, killed) = Scene::with_one_at("sides_sent", orders(), &[LATE]);
     scene.kill(killed);
     let first = scene.replace_main();
     let mut second = scene.start(1, orders());
-    scene.until(&mut second, "main_landed");
-    // It has marked both side tables and read nothing.
     scene.until(&mut second, "data_files_closed");
     scene.kill(second);
     scene.shared.borrow_mut().tables.insert(main_ident(), first);
+    scene
+}
+
+#[test]
+fn a_debt_is_paid_although_another_ledger_has_marked_the_late_table_meanwhile() {
+    let mut scene = put_back_with_a_debt();
     scene.run(0, orders()).unwrap();
     assert_eq!(scene.late_rows().len(), 1);
     scene.is_whole();
@@ -239,13 +244,7 @@ fn a_debt_is_paid_although_another_ledger_has_marked_the_late_table_meanwhile() 
 
 #[test]
 fn a_debt_is_paid_although_the_mark_that_another_ledger_followed_was_expired() {
-    let (mut scene, killed) = Scene::with_one_at("sides_sent", orders(), &[LATE]);
-    scene.kill(killed);
-    let first = scene.replace_main();
-    let mut second = scene.start(1, orders());
-    scene.until(&mut second, "data_files_closed");
-    scene.kill(second);
-    scene.shared.borrow_mut().tables.insert(main_ident(), first);
+    let mut scene = put_back_with_a_debt();
     scene.shared.borrow_mut().expire(&side_ident(Role::Late), 1);
     // It is empty, so it has not got them.
     scene.run(0, orders()).unwrap();
