@@ -430,8 +430,9 @@ impl<'a> Demo<'a> {
         // As it was called: who tries it out by `cargo run` has no `tidemill` on the path.
         let program = env::args().next().unwrap_or_else(|| "tidemill".to_owned());
         println!(
-            "the same again, and nothing is written twice:  {program} demo --dir {}",
-            self.args.dir.display()
+            "the same again, and nothing is written twice:  {} demo --dir {}",
+            super::quoted(&program),
+            super::quoted(&self.args.dir.display().to_string())
         );
     }
 }

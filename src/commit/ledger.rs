@@ -515,6 +515,9 @@ pub enum Found {
         older: Option<Box<LedgerRecord>>,
         /// The record of the property.
         newer: Box<LedgerRecord>,
+        /// Whether `newer` came of going back on purpose, to before `older`: its side tables went back with it, and a rollback
+        /// of main alone does not bring them forward again.
+        is_undone: bool,
     },
     /// History was expired before any record of ours; the property may hold. The caller looks for rows of
     /// `last_batch_with_rows` to tell expiry from a rollback followed by expiry.
@@ -545,24 +548,52 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
         (Ancestry::Record(older), Some(Ok(full)))
             if full.sequence > mutant!("rollback-unseen", u64::MAX => older.sequence) =>
         {
-            Ok(Found::RolledBack { older: Some(older), newer: Box::new(full) })
+            Ok(rolled_back(metadata, Some(older), Box::new(full)))
         }
         (Ancestry::Record(packed), Some(Ok(full))) if is_full_form_of(&full, &packed) => {
             Ok(Found::Record(Box::new(full)))
         }
         // Nothing but what was rolled back says so where the property is gone.
         (Ancestry::Record(packed), _) => Ok(match newest_rolled_back(metadata, Some(&packed))? {
-            Some(newer) => Found::RolledBack { older: Some(packed), newer },
+            Some(newer) => rolled_back(metadata, Some(packed), newer),
             None => Found::Record(packed),
         }),
         (_, None) => Ok(match newest_rolled_back(metadata, None)? {
-            Some(newer) => Found::RolledBack { older: None, newer },
+            Some(newer) => rolled_back(metadata, None, newer),
             None => Found::Nothing,
         }),
         (_, Some(Err(error))) => Err(error),
-        (Ancestry::Complete, Some(Ok(full))) => Ok(Found::RolledBack { older: None, newer: Box::new(full) }),
+        (Ancestry::Complete, Some(Ok(full))) => Ok(rolled_back(metadata, None, Box::new(full))),
         (Ancestry::CutOff, Some(Ok(full))) => Ok(Found::CutOff(Box::new(full))),
     }
+}
+
+fn rolled_back(
+    metadata: &TableMetadata,
+    older: Option<Box<LedgerRecord>>,
+    newer: Box<LedgerRecord>,
+) -> Found {
+    let is_undone = older.as_ref().is_some_and(|older| went_back_on_purpose(metadata, older, &newer));
+    Found::RolledBack { older, newer, is_undone }
+}
+
+/// Whether a ledger came to `newer` by going back to before `older`, by `savepoint restore` or a replay: batches only count
+/// up on the way from one record to a later one of the same history. Where that way was expired, the numbers alone tell.
+fn went_back_on_purpose(metadata: &TableMetadata, older: &LedgerRecord, newer: &LedgerRecord) -> bool {
+    if newer.batch < older.batch {
+        return true;
+    }
+    let of = |at: &iceberg::spec::SnapshotRef, record: &LedgerRecord| {
+        at.summary().additional_properties.get("tidemill.attempt") == Some(&record.attempt.to_string())
+    };
+    let batch = |at: &iceberg::spec::SnapshotRef| -> Option<u64> {
+        at.summary().additional_properties.get("tidemill.batch")?.parse().ok()
+    };
+    let head = metadata.snapshots().find(|at| of(at, newer));
+    let way = std::iter::successors(head, |at| metadata.snapshot_by_id(at.parent_snapshot_id()?));
+    way.take(metadata.snapshots().len())
+        .take_while(|at| !of(at, older))
+        .any(|at| batch(at).is_some_and(|batch| batch < older.batch))
 }
 
 /// Whether a full record says the same as the packed one of the same commit. One that was edited by hand does not, and
@@ -684,31 +715,35 @@ fn newest_on_ancestry(metadata: &TableMetadata) -> Result<Ancestry, LedgerError>
 }
 
 /// The newest record that was rolled back, as snapshots tell that are kept and not on the ancestry: of the ledger of `older` and
-/// above it, or, where the ancestry has no record, one that came after all that is kept of it. What is older may have been
-/// expired from below, and is kept for a tag.
+/// above it, or, where the ancestry has no record, any. It came after `older`, or after the oldest that is kept of the
+/// ancestry, in Iceberg's numbers: what is older may have been expired from below, and is kept for a tag, and a ledger that
+/// was made again counts from 1 anew.
 fn newest_rolled_back(
     metadata: &TableMetadata,
     older: Option<&LedgerRecord>,
 ) -> Result<Option<Box<LedgerRecord>>, LedgerError> {
-    let oldest = ancestry(metadata).map(|snapshot| snapshot.sequence_number()).min();
-    let mut newest: Option<Box<LedgerRecord>> = None;
-    for snapshot in metadata.snapshots() {
+    let after = match older {
+        Some(older) => Some(sequence_number_of(metadata, older.attempt)),
+        None => ancestry(metadata).map(|snapshot| snapshot.sequence_number()).min(),
+    };
+    let came_after = |snapshot: &&iceberg::spec::SnapshotRef| mutant!("tag-of-before-rolled-back", true => after.is_none_or(|after| snapshot.sequence_number() > after));
+    let mut newest: Option<(i64, Box<LedgerRecord>)> = None;
+    for snapshot in metadata.snapshots().filter(came_after) {
         let Some(text) = snapshot.summary().additional_properties.get(SUMMARY_PACKED) else { continue };
         let record = match LedgerRecord::from_packed(text, snapshot.snapshot_id()) {
             Ok(record) => record,
             Err(newer @ LedgerError::Newer { .. }) => return Err(newer),
             Err(_) => continue,
         };
-        let is_above = match older {
-            Some(older) => record.job_id == older.job_id && record.sequence > older.sequence,
-            None => oldest.is_none_or(|oldest| snapshot.sequence_number() > oldest),
-        };
-        let is_newest = newest.as_ref().is_none_or(|newest| record.sequence > newest.sequence);
-        if mutant!("rollback-forgotten-with-property", false => is_above && is_newest) {
-            newest = Some(Box::new(record));
+        let is_above =
+            |older: &LedgerRecord| record.job_id == older.job_id && record.sequence > older.sequence;
+        let number = snapshot.sequence_number();
+        let is_newest = newest.as_ref().is_none_or(|(newest, _)| number > *newest);
+        if mutant!("rollback-forgotten-with-property", false => older.is_none_or(is_above) && is_newest) {
+            newest = Some((number, Box::new(record)));
         }
     }
-    Ok(newest)
+    Ok(newest.map(|(_, newest)| newest))
 }
 
 /// Snapshots from the current one to the oldest that is kept; ends too where a broken catalog lets them go in a circle.

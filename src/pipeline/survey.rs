@@ -289,7 +289,7 @@ pub fn is_known(found: &Found, role: Role) -> bool {
         Found::Nothing => false,
         Found::Record(record) | Found::CutOff(record) => knows(record),
         // A replay sets back what the newer record knew.
-        Found::RolledBack { older, newer } => knows(newer) || older.as_deref().is_some_and(knows),
+        Found::RolledBack { older, newer, .. } => knows(newer) || older.as_deref().is_some_and(knows),
     }
 }
 

@@ -74,7 +74,7 @@ impl Tables for CatalogTables {
 
     /// For the protocol, which says what it waits for; the simulator has a clock of its own.
     async fn wait(&self, time: Duration) {
-        // The time itself is the condition: that nothing happens in it (R9), or that a catalog is left alone for it.
+        // The time itself is the condition: that nothing happens in it (R9), or that this machine's clock catches up.
         tokio::time::sleep(time).await;
     }
 

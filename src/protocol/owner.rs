@@ -684,7 +684,9 @@ impl<W: World> Owner<W> {
             let ident = self.side_ident(role);
             let mark = side_mark::inspect(W::Tables::metadata(self.side(role)));
             let mark = mark.map_err(|error| stops::ledger(ident, error))?;
-            if let Some(ahead) = mark.filter(|mark| !mark.fits(main, generation)) {
+            let is_ahead =
+                |mark: &SideMark| mark.job_id == self.record.job_id && !mark.fits(main, generation);
+            if let Some(ahead) = mark.filter(is_ahead) {
                 let error = SideError::Ahead { table: ident.to_string(), side: ahead.batch, main };
                 return Err(self.side_failed(error).await);
             }

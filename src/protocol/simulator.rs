@@ -36,7 +36,7 @@ const SEEDS: u64 = 20_000;
 /// From so many seeds on everything in [`MUST_HAPPEN`] has to have happened.
 const SEEDS_THAT_TELL: u64 = 5_000;
 /// Faults, foreign hands, stops and outcomes without which an oracle would have slept.
-const MUST_HAPPEN: [&str; 72] = [
+const MUST_HAPPEN: [&str; 75] = [
     "BUSY",
     "CATALOG_AWAY",
     "CLUSTER_CHANGED",
@@ -98,6 +98,7 @@ const MUST_HAPPEN: [&str; 72] = [
     "request lost",
     "request refused by its head",
     "request refused for good",
+    "snapshot tagged",
     "snapshots expired",
     "start with takeover",
     "state corrupt",
@@ -106,7 +107,9 @@ const MUST_HAPPEN: [&str; 72] = [
     "state rebuilt",
     "success without work",
     "table replaced",
+    "table replaced in place",
     "table rolled back",
+    "table set to a snapshot beside its history",
     "unsynced state file torn",
     "zombie released",
 ];

@@ -118,11 +118,16 @@ pub fn judge(facts: &Facts<'_>, allow: Allow) -> Result<Start, Stop> {
     let replayed;
     let record = match facts.found {
         Found::Nothing => return judge_without_ledger(facts, allow),
-        Found::RolledBack { older: Some(older), newer } if allow.replay => {
+        Found::RolledBack { older: Some(older), newer, is_undone }
+            if allow.replay && !mutant!("undone-restore-replayed", false => *is_undone) =>
+        {
             replayed = Box::new(replay(older, newer));
             &replayed
         }
-        Found::RolledBack { older, newer } => return Err(rolled_back(facts, older.as_deref(), newer)),
+        Found::RolledBack { older, newer, is_undone } => {
+            same_job(facts, newer)?;
+            return Err(rolled_back(facts, older.as_deref(), newer, *is_undone));
+        }
         Found::Record(record) | Found::CutOff(record) => record,
     };
     same_job(facts, record)?;
@@ -245,18 +250,38 @@ fn replay(older: &LedgerRecord, newer: &LedgerRecord) -> LedgerRecord {
     }
 }
 
-fn rolled_back(facts: &Facts<'_>, older: Option<&LedgerRecord>, newer: &LedgerRecord) -> Stop {
+fn rolled_back(
+    facts: &Facts<'_>,
+    older: Option<&LedgerRecord>,
+    newer: &LedgerRecord,
+    is_undone: bool,
+) -> Stop {
     let now = older.map_or("no commit of this job".to_owned(), |older| format!("batch {}", older.batch));
+    let went_back = match is_undone {
+        true => {
+            ", which it had gone back to on purpose (savepoint restore, on_rollback), and its side tables with it"
+        }
+        false => "",
+    };
     Stop::new(
         Reason::TableRolledBack,
         format!(
-            "table {} was rolled back: it is at {now}, its ledger says batch {}",
+            "table {} was rolled back: it is at {now}, its ledger says batch {}{went_back}",
             facts.table, newer.batch
         ),
         match older {
-            None => format!(
-                "nothing was read or written; {forward}:\n  tidemill run {}",
+            Some(_) if is_undone => format!(
+                "nothing was read or written; the side tables can not follow main to where it is now; {forward}:\n  \
+                 tidemill run {}",
                 facts.job_shown,
+                forward = roll_forward(newer)
+            ),
+            // There is no batch to go on from: the table that comes next has no ledger in its history.
+            None => format!(
+                "nothing was read or written; if this is meant (CREATE OR REPLACE TABLE), and the job is to begin anew, drop \
+                 the table, which still has that ledger, create it again, and then:\n  tidemill state discard {job}\nif it \
+                 is not, {forward}:\n  tidemill run {job}",
+                job = facts.job_shown,
                 forward = roll_forward(newer)
             ),
             Some(older) => format!(
@@ -466,8 +491,8 @@ fn debt_is_known(
             record.batch
         ),
         format!(
-            "nothing was read or written; {put_back} (register_table with an earlier metadata file), then:\n  \
-             tidemill run {}",
+            "nothing was read or written; {put_back} (register_table with an earlier metadata file), or, where that file is \
+             gone, copy its rows elsewhere and delete all of them there with your engine, then:\n  tidemill run {}",
             facts.job_shown
         ),
     ))

@@ -233,8 +233,8 @@ pub fn side(error: SideError, committing: Committing<'_>) -> Stop {
         error @ SideError::Ahead { .. } => Stop::new(
             Reason::TableRolledBack,
             error.to_string(),
-            "roll main forward again, or the side table back to the same batch, with your engine, then:\n  \
-             tidemill run JOB",
+            "with your engine, roll main forward again, or the side table back to its last snapshot of main's batch or before \
+             (of that batch itself: before it; tidemill.side in its summary), then:\n  tidemill run JOB",
         ),
         error @ SideError::OtherJob { .. } => Stop::new(
             Reason::OtherJob,

@@ -61,6 +61,18 @@ def forget_history(job: Job) -> None:
     table.maintenance.expire_snapshots().by_ids(old).commit()
 
 
+def replace_in_place(job: Job) -> None:
+    """CREATE OR REPLACE TABLE as Iceberg's Java library does it: id, properties and snapshots stay, none of them is current."""
+    catalog = job.open_catalog()
+    table = catalog.load_table(job.table)
+    emptied = table.metadata.model_copy(update={"current_snapshot_id": None, "snapshot_log": [], "refs": {}})
+    place = f"{table.location()}/metadata/99999-{table.metadata.table_uuid}.metadata.json"
+    with table.io.new_output(place).create(overwrite=True) as out:
+        out.write(emptied.model_dump_json().encode())
+    catalog.drop_table(job.table)
+    catalog.register_table(job.table, place)
+
+
 @dataclass(frozen=True)
 class Taken:
     """Rows that were deleted and can be put back."""

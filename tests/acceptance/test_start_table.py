@@ -20,7 +20,7 @@ import ledger
 import snapshots
 from conftest import Corner
 from events import event
-from hands import forget_history
+from hands import forget_history, replace_in_place
 from job import Job, named_command, tidemill
 from readers import PyicebergReader
 from sweep import KILLED
@@ -159,6 +159,48 @@ def test_a_table_that_was_rolled_back_is_read_again_from_its_older_batch(place: 
     job.check_against(place.truth(*job.topics))
     feed.send(*(event(number) for number in range(310)))
     assert job.run().expect(0).last["counts"]["written"] == 10
+    job.check_against(place.truth(*job.topics))
+
+
+def test_a_restore_that_a_rollback_undoes_is_gone_on_from_by_rolling_forward_alone(place: Corner) -> None:
+    job = filled(place)
+    tidemill("savepoint", "create", job.path, "then", "--json").expect(0)
+    place.feed(job.topics[0]).send(*(event(number) for number in range(200, 300)), b"not an event")
+    job.run().expect(0)
+    before = table_of(job).current_snapshot()
+    tidemill("savepoint", "restore", job.path, "then", "--yes", "--json").expect(0)
+    table = table_of(job)
+    restored = table.current_snapshot()
+    assert before is not None and restored is not None
+    table.manage_snapshots().rollback_to_snapshot(before.snapshot_id).commit()
+    assert PyicebergReader(table_of(job)).count() == 300
+    # the letter left with the restore, and a replay from batch 3 would not read it again
+    stop = stop_of(job, place, "restore_undone", 24, "TABLE_ROLLED_BACK", "--set", "sink.iceberg.on_rollback=replay")
+    table_of(job).manage_snapshots().set_current_snapshot(restored.snapshot_id).commit()
+    counts = resolve(job, stop)["counts"]
+    assert (counts["consumed"], counts["written"], counts["dead_letter"]) == (101, 100, 1), counts
+    job.check_against(place.truth(*job.topics))
+
+
+def test_a_table_that_was_created_or_replaced_by_sql_begins_anew_or_comes_back(place: Corner) -> None:
+    job = filled(place)
+    catalog, before = job.open_catalog(), table_of(job)
+    replace_in_place(job)
+    stop = stop_of(job, place, "created_or_replaced", 24, "TABLE_ROLLED_BACK")
+    # it was not meant: the metadata of before is registered again
+    replaced = table_of(job)
+    catalog.drop_table(job.table)
+    catalog.register_table(job.table, before.metadata_location)
+    assert job.run().expect(0).last["counts"]["written"] == 0
+    # it was
+    catalog.drop_table(job.table)
+    catalog.register_table(job.table, replaced.metadata_location)
+    job.run().expect_stop(24, "TABLE_ROLLED_BACK")
+    catalog.drop_table(job.table)
+    catalog.create_table(job.table, before.schema(), partition_spec=before.spec())
+    job.run().expect_stop(25, "LEDGER_LOST")
+    resolve(job, stop)
+    assert job.run().expect(0).last["counts"]["written"] == 200
     job.check_against(place.truth(*job.topics))
 
 

@@ -269,3 +269,72 @@ fn the_packed_form_keeps_which_rows_are_not_ours() {
     assert!(is_full_form_of(&changed_record(), &packed));
     assert_eq!(record().batch_generation(), Some("g"));
 }
+
+/// A table with these snapshots, each with its parent and the record that it carries; numbers count up with the ids.
+fn table_of(snapshots: &[(i64, Option<i64>, &LedgerRecord)], current: i64) -> TableMetadata {
+    let creation = iceberg::TableCreation::builder()
+        .name("n".to_owned())
+        .location("memory://n".to_owned())
+        .schema(iceberg::spec::Schema::builder().build().unwrap())
+        .build();
+    let table = iceberg::spec::TableMetadataBuilder::from_table_creation(creation).unwrap().build().unwrap();
+    let mut text = serde_json::to_value(table.metadata).unwrap();
+    let now_ms = text["last-updated-ms"].as_i64().unwrap();
+    let snapshot = |&(id, parent, record): &(i64, Option<i64>, &LedgerRecord)| {
+        let mut summary = serde_json::json!({ "operation": "append" });
+        record.to_summary().into_iter().for_each(|(name, value)| summary[name] = value.into());
+        serde_json::json!({
+            "snapshot-id": id, "parent-snapshot-id": parent, "sequence-number": id, "timestamp-ms": now_ms,
+            "manifest-list": "memory://list", "summary": summary, "schema-id": 0,
+        })
+    };
+    text["snapshots"] = snapshots.iter().map(snapshot).collect();
+    text["last-sequence-number"] = snapshots.iter().map(|(id, ..)| *id).max().into();
+    text["current-snapshot-id"] = current.into();
+    text["refs"] = serde_json::json!({ "main": { "snapshot-id": current, "type": "branch" } });
+    text["snapshot-log"] = serde_json::json!([{ "snapshot-id": current, "timestamp-ms": now_ms }]);
+    serde_json::from_value(text).unwrap()
+}
+
+/// A record of this batch and place in its ledger's order.
+fn at(batch: u64, sequence: u64) -> LedgerRecord {
+    let attempt = Uuid::from_u128(u128::from(batch) << 64 | u128::from(sequence));
+    LedgerRecord { batch, sequence, attempt, ..record() }
+}
+
+/// Batches of the record on the ancestry and of the one that was rolled back, and whether that went back on purpose.
+fn rolled_back_by(metadata: &TableMetadata) -> Option<(Option<u64>, u64, bool)> {
+    match inspect(metadata).unwrap() {
+        Found::RolledBack { older, newer, is_undone } => {
+            Some((older.map(|older| older.batch), newer.batch, is_undone))
+        }
+        Found::Record(_) | Found::Nothing => None,
+        Found::CutOff(record) => panic!("history is cut off at batch {}", record.batch),
+    }
+}
+
+#[test]
+fn a_rollback_is_told_by_the_snapshots_that_came_after_and_are_of_the_same_ledger() {
+    let (first, second) = (at(1, 2), at(2, 3));
+    let table = table_of(&[(1, None, &first), (2, Some(1), &second)], 1);
+    assert_eq!(rolled_back_by(&table), Some((Some(1), 2, false)));
+    // One that was made again counts from 1: what a tag keeps of the ledger before it came before.
+    let tagged = table_of(&[(1, None, &at(40, 50)), (2, None, &at(0, 1)), (3, Some(2), &first)], 3);
+    assert_eq!(rolled_back_by(&tagged), None);
+    let of_another_job = LedgerRecord { job_id: Uuid::from_u128(77), ..second.clone() };
+    assert_eq!(rolled_back_by(&table_of(&[(1, None, &first), (2, Some(1), &of_another_job)], 1)), None);
+    // Side by side with the ancestry: of an attempt that another took the place of.
+    assert_eq!(rolled_back_by(&table_of(&[(1, None, &second), (2, None, &first)], 1)), None);
+}
+
+#[test]
+fn a_restore_or_replay_that_a_rollback_undoes_is_no_plain_rollback() {
+    let all = [at(4, 5), at(9, 10), at(4, 11), at(5, 12), at(10, 13)];
+    let snapshots: Vec<(i64, Option<i64>, &LedgerRecord)> =
+        all.iter().zip(1..).map(|(record, id)| (id, (id > 1).then_some(id - 1), record)).collect();
+    // Batches 4 and 9, back to 4, then 5 and 10. The numbers tell at once, and the way between once it is ahead again.
+    assert_eq!(rolled_back_by(&table_of(&snapshots[..3], 2)), Some((Some(9), 4, true)));
+    assert_eq!(rolled_back_by(&table_of(&snapshots, 2)), Some((Some(9), 10, true)));
+    assert_eq!(rolled_back_by(&table_of(&snapshots, 3)), Some((Some(4), 10, false)));
+    assert_eq!(rolled_back_by(&table_of(&snapshots, 5)), None);
+}

@@ -653,7 +653,8 @@ async fn a_commit_that_was_rolled_back_has_not_landed_although_the_property_name
     assert_eq!(rolled_back.properties().get(PROPERTY), Some(&ours().to_property()));
     assert!(!ledger::has_landed(&rolled_back, ours().attempt));
     assert!(ledger::has_landed(&rolled_back, standing().attempt));
-    let Ok(Found::RolledBack { older: Some(older), newer }) = ledger::inspect(&rolled_back) else {
+    let Ok(Found::RolledBack { older: Some(older), newer, is_undone: false }) = ledger::inspect(&rolled_back)
+    else {
         panic!("nothing tells that the table was rolled back")
     };
     assert_eq!((older.attempt, newer.attempt), (standing().attempt, ours().attempt));

@@ -156,7 +156,8 @@ impl<W: World> Owner<W> {
     fn another_brought(&self, table: &str) -> bool {
         let named = self.sides.iter().find(|(role, _)| self.side_ident(**role).to_string() == *table);
         let mark = named.and_then(|(_, side)| side_mark::inspect(W::Tables::metadata(side)).ok().flatten());
-        mark.is_some_and(|mark| mark.batch >= self.record.batch && mark.epoch != self.record.epoch)
+        let (job_id, batch, epoch) = (self.record.job_id, self.record.batch, self.record.epoch);
+        mark.is_some_and(|mark| mark.job_id == job_id && mark.batch >= batch && mark.epoch != epoch)
     }
 
     /// Lets side tables that [`Owner::fence_lost`] gave be owed other files than the last record names, for a stated reason,

@@ -64,7 +64,9 @@ enum Kind {
     ForeignColumn,
     Expiry,
     Rollback,
+    Tag,
     MainReplaced,
+    MainReplacedInPlace,
     SideReplaced,
     Retention,
     TopicRemade,
@@ -76,7 +78,7 @@ enum Kind {
 }
 
 /// Every kind, and how often.
-const KINDS: [(Kind, usize); 24] = [
+const KINDS: [(Kind, usize); 26] = [
     (Kind::Kill, 6),
     (Kind::PowerLoss, 4),
     (Kind::Freeze, 6),
@@ -92,7 +94,9 @@ const KINDS: [(Kind, usize); 24] = [
     (Kind::ForeignColumn, 2),
     (Kind::Expiry, 3),
     (Kind::Rollback, 2),
+    (Kind::Tag, 2),
     (Kind::MainReplaced, 1),
+    (Kind::MainReplacedInPlace, 1),
     (Kind::SideReplaced, 1),
     (Kind::Retention, 1),
     (Kind::TopicRemade, 1),
@@ -661,12 +665,26 @@ fn foreign_hand(universe: &mut Universe, kind: Kind) {
                 named.metadata.snapshot_by_id(snapshot.parent_snapshot_id()?)
             });
             let ids: Vec<i64> = ancestors.map(|snapshot| snapshot.snapshot_id()).collect();
-            if ids.len() > 1 {
+            let all = named.metadata.snapshots().map(|snapshot| snapshot.snapshot_id());
+            let mut beside: Vec<i64> = all.filter(|id| !ids.contains(id)).collect();
+            beside.sort_unstable();
+            if !beside.is_empty() && universe.choose(3) == 0 {
+                // Engines set a table to any snapshot that it has: what a replay left behind, or a tag kept.
+                let chosen = beside[universe.choose(beside.len())];
+                universe.set_current(&main, chosen);
+                universe.hit("table set to a snapshot beside its history");
+            } else if ids.len() > 1 {
                 let back = 1 + universe.choose((ids.len() - 1).min(5));
                 universe.set_current(&main, ids[back]);
                 universe.hit("table rolled back");
             }
         }
+        Kind::Tag => {
+            let late = side_ident(Role::Late);
+            let is_late = universe.choose(2) == 1 && universe.tables.contains_key(&late);
+            universe.tag(if is_late { &late } else { &main });
+        }
+        Kind::MainReplacedInPlace if !content.files.is_empty() => universe.replace_in_place(&main),
         Kind::MainReplaced | Kind::SideReplaced => {
             let role = Role::ALL[universe.choose(2)];
             let ident = if kind == Kind::MainReplaced { main } else { side_ident(role) };

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::catalog::turn;
 use super::process::{Orders, side_ident};
 use super::state::SimState;
-use super::universe::{Event, EventKind, File, Log, Place, Row, TOPIC, WORLD};
+use super::universe::{Event, EventKind, File, Log, Place, Row, TOPIC, WORLD, tagged};
 use super::world::SimWorld;
 use crate::commit::ledger::{
     self, Backfill, Change, Cursor, Kind, LIVE_LANE, Lane, LaneState, LedgerRecord, Tail,
@@ -36,7 +36,8 @@ pub(super) struct SimLife {
 
 /// Snapshots that maintenance lets go: all but the current one and its parent.
 fn all_but_newest(head: &TableMetadata) -> Vec<i64> {
-    let kept: Vec<i64> = ledger::ancestry(head).take(2).map(|snapshot| snapshot.snapshot_id()).collect();
+    let newest = ledger::ancestry(head).take(2).map(|snapshot| snapshot.snapshot_id());
+    let kept: Vec<i64> = newest.chain(tagged(head)).collect();
     head.snapshots().map(|snapshot| snapshot.snapshot_id()).filter(|id| !kept.contains(id)).collect()
 }
 

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::oracles;
 use crate::commit::ledger::{LedgerRecord, PROPERTY};
-use crate::commit::side;
+use crate::commit::{savepoint, side};
 use crate::protocol::Request;
 
 /// The simulated clock begins here, ms since the epoch.
@@ -446,21 +446,49 @@ impl Universe {
         let now_ms = self.now_ms().max(metadata.last_updated_ms());
         let edited = self.edited(&metadata, |text| {
             text["current-snapshot-id"] = json!(snapshot);
-            text["refs"][MAIN_BRANCH]["snapshot-id"] = json!(snapshot);
+            text["refs"][MAIN_BRANCH] = json!({ "snapshot-id": snapshot, "type": "branch" });
             text["last-updated-ms"] = json!(now_ms);
             let entry = json!({ "snapshot-id": snapshot, "timestamp-ms": now_ms });
-            text["snapshot-log"].as_array_mut().expect("a table with snapshots has a log").push(entry);
+            // One that was replaced in place has none.
+            let mut log = text["snapshot-log"].as_array().cloned().unwrap_or_default();
+            log.push(entry);
+            text["snapshot-log"] = Value::Array(log);
         });
         self.tables.get_mut(ident).expect("the table is there").metadata = edited;
     }
 
-    /// Drops all snapshots but the current one and its `kept - 1` youngest ancestors.
+    /// Gives the current snapshot a name that keeps it.
+    pub(super) fn tag(&mut self, ident: &TableIdent) {
+        let metadata = Arc::clone(&self.tables[ident].metadata);
+        let Some(snapshot) = metadata.current_snapshot_id() else { return };
+        let name = format!("kept-{}", self.next_number(WORLD));
+        let edited = self.edited(&metadata, |text| {
+            text["refs"][name] = json!({ "snapshot-id": snapshot, "type": "tag" });
+        });
+        self.tables.get_mut(ident).expect("the table is there").metadata = edited;
+        self.hit("snapshot tagged");
+    }
+
+    /// `CREATE OR REPLACE TABLE` of Iceberg's Java library: the table keeps its id, properties and snapshots, and nothing of
+    /// them is current.
+    pub(super) fn replace_in_place(&mut self, ident: &TableIdent) {
+        let edited = self.edited(&self.tables[ident].metadata, |text| {
+            text["current-snapshot-id"] = json!(-1);
+            text["refs"].as_object_mut().into_iter().for_each(|refs| _ = refs.remove(MAIN_BRANCH));
+            text["snapshot-log"] = json!([]);
+        });
+        self.tables.get_mut(ident).expect("the table is there").metadata = edited;
+        self.hit("table replaced in place");
+    }
+
+    /// Drops all snapshots but the current one, its `kept - 1` youngest ancestors and those with a tag.
     pub(super) fn expire(&mut self, ident: &TableIdent, kept: usize) {
         let metadata = Arc::clone(&self.tables[ident].metadata);
         let ancestors = std::iter::successors(metadata.current_snapshot(), |snapshot| {
             metadata.snapshot_by_id(snapshot.parent_snapshot_id()?)
         });
-        let keep: BTreeSet<i64> = ancestors.take(kept).map(|snapshot| snapshot.snapshot_id()).collect();
+        let newest = ancestors.take(kept).map(|snapshot| snapshot.snapshot_id());
+        let keep: BTreeSet<i64> = newest.chain(tagged(&metadata)).collect();
         let is_kept = |value: &Value| value["snapshot-id"].as_i64().is_some_and(|id| keep.contains(&id));
         let edited = self.edited(&metadata, |text| {
             text["snapshots"].as_array_mut().into_iter().for_each(|entries| entries.retain(is_kept));
@@ -617,6 +645,12 @@ impl Universe {
             }
         }
     }
+}
+
+/// Snapshots that a tag keeps.
+pub(super) fn tagged(metadata: &TableMetadata) -> Vec<i64> {
+    let refs = savepoint::refs(metadata).expect("refs that the simulator wrote");
+    refs.into_values().filter(|kept| !kept.is_branch()).map(|kept| kept.snapshot_id).collect()
 }
 
 fn built(

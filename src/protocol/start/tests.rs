@@ -185,7 +185,7 @@ fn the_ledger_of_another_job_stops() {
 fn a_rollback_stops_with_both_batches() {
     let older = record();
     let newer = LedgerRecord { batch: 9, sequence: older.sequence + 3, ..older.clone() };
-    let found = Found::RolledBack { older: Some(Box::new(older)), newer: Box::new(newer) };
+    let found = Found::RolledBack { older: Some(Box::new(older)), newer: Box::new(newer), is_undone: false };
     let stop = judged(&case(found), Allow::default()).unwrap_err();
     assert_eq!(stop.reason, Reason::TableRolledBack);
     assert!(stop.what.contains("batch 4") && stop.what.contains("batch 9"));
@@ -203,7 +203,8 @@ fn a_replay_goes_on_from_the_older_batch_above_everything_that_was_rolled_back()
     };
     let cursors = newer.lanes.get_mut("live").unwrap().topics.get_mut("sent").unwrap();
     cursors.get_mut(&0).unwrap().end = NextOffset::at(500);
-    let found = Found::RolledBack { older: Some(Box::new(older.clone())), newer: Box::new(newer.clone()) };
+    let both = (Box::new(older.clone()), Box::new(newer.clone()));
+    let found = Found::RolledBack { older: Some(both.0), newer: both.1, is_undone: false };
     let mut case = case(found);
     case.dead().mark = Some(mark(older.job_id, 9, Some("h")));
     let allow = Allow { replay: true, ..Allow::default() };
@@ -213,9 +214,14 @@ fn a_replay_goes_on_from_the_older_batch_above_everything_that_was_rolled_back()
     assert_eq!((resumed.sides_back_to, resumed.jumps.len()), (Some(4), 1));
     assert_eq!(resumed.jumps[0].old_end, Some(NextOffset::at(500)));
 
-    let nothing_left = Found::RolledBack { older: None, newer: Box::new(newer) };
-    case.found = nothing_left;
-    assert_eq!(judged(&case, allow).unwrap_err().reason, Reason::TableRolledBack);
+    let undone =
+        Found::RolledBack { older: Some(Box::new(older)), newer: Box::new(newer.clone()), is_undone: true };
+    for found in [undone, Found::RolledBack { older: None, newer: Box::new(newer), is_undone: false }] {
+        case.found = found;
+        let stop = judged(&case, allow).unwrap_err();
+        assert_eq!(stop.reason, Reason::TableRolledBack);
+        assert!(!stop.way_out.contains("on_rollback=replay"), "{}", stop.way_out);
+    }
 }
 
 #[test]
