@@ -34,8 +34,9 @@ use lane::{pack_lane, unpack_lane};
 ///
 /// Version 1 knew no rows of others that count as seen ([`Others`]), no erased keys ([`Suppressed`]) and no
 /// [`Kind::Change`]: a program that reads only version 1 would rebuild the state without them. Version 2 knew one lane: a
-/// program that reads only version 2 would take a backfill's batch for one of the live lane.
-pub const FORMAT_VERSION: u32 = 3;
+/// program that reads only version 2 would take a backfill's batch for one of the live lane. Version 3 knew no [`Timeline`]: a
+/// program that reads only version 3 would replay from what a restore has left.
+pub const FORMAT_VERSION: u32 = 4;
 /// Table property with the full record.
 pub const PROPERTY: &str = "tidemill.ledger";
 /// Snapshot summary key with the packed record.
@@ -93,6 +94,9 @@ pub struct LedgerRecord {
     /// stay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored_from: Option<String>,
+    /// The times that the ledger went back on purpose, the oldest first. One that a later one went behind is left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub timelines: Vec<Timeline>,
     /// Dedup state.
     pub dedup: DedupRecord,
     /// Topic ids by topic.
@@ -199,6 +203,16 @@ pub enum Kind {
     Jump,
     /// A command made the dedup state anew or set a watermark, as `change` says.
     Change,
+}
+
+/// A restore or a replay: from here on batches are counted again from an earlier one, and side tables went back with main.
+/// PostgreSQL calls what a point-in-time recovery begins so.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Timeline {
+    /// Counts up from 1, whatever is left out of those before.
+    pub number: u64,
+    /// The batch that was gone back to.
+    pub begin: u64,
 }
 
 /// Which dedup state belongs to this commit.
@@ -362,6 +376,24 @@ impl LedgerRecord {
     /// Whether a side table still waits for files of `batch`, as far as main's record knows.
     pub fn owes_side_files(&self) -> bool {
         self.sides.values().any(|side| side.owed)
+    }
+
+    /// The timelines of a record that goes back from this one to a batch.
+    pub fn timelines_from(&self, batch: u64) -> Vec<Timeline> {
+        let mut timelines = self.timelines.clone();
+        timelines.retain(|earlier| earlier.begin < batch);
+        timelines.push(Timeline { number: self.timeline() + 1, begin: batch });
+        timelines
+    }
+
+    fn timeline(&self) -> u64 {
+        self.timelines.last().map_or(0, |last| last.number)
+    }
+
+    /// Whether this ledger went back to before `older` since.
+    fn left_behind(&self, older: &LedgerRecord) -> bool {
+        let since = self.timelines.iter().filter(|timeline| timeline.number > older.timeline());
+        since.map(|timeline| timeline.begin).any(|begin| begin < older.batch)
     }
 
     /// Text of the table property.
@@ -548,52 +580,30 @@ pub fn inspect(metadata: &TableMetadata) -> Result<Found, LedgerError> {
         (Ancestry::Record(older), Some(Ok(full)))
             if full.sequence > mutant!("rollback-unseen", u64::MAX => older.sequence) =>
         {
-            Ok(rolled_back(metadata, Some(older), Box::new(full)))
+            Ok(rolled_back(Some(older), Box::new(full)))
         }
         (Ancestry::Record(packed), Some(Ok(full))) if is_full_form_of(&full, &packed) => {
             Ok(Found::Record(Box::new(full)))
         }
         // Nothing but what was rolled back says so where the property is gone.
         (Ancestry::Record(packed), _) => Ok(match newest_rolled_back(metadata, Some(&packed))? {
-            Some(newer) => rolled_back(metadata, Some(packed), newer),
+            Some(newer) => rolled_back(Some(packed), newer),
             None => Found::Record(packed),
         }),
         (_, None) => Ok(match newest_rolled_back(metadata, None)? {
-            Some(newer) => rolled_back(metadata, None, newer),
+            Some(newer) => rolled_back(None, newer),
             None => Found::Nothing,
         }),
         (_, Some(Err(error))) => Err(error),
-        (Ancestry::Complete, Some(Ok(full))) => Ok(rolled_back(metadata, None, Box::new(full))),
+        (Ancestry::Complete, Some(Ok(full))) => Ok(rolled_back(None, Box::new(full))),
         (Ancestry::CutOff, Some(Ok(full))) => Ok(Found::CutOff(Box::new(full))),
     }
 }
 
-fn rolled_back(
-    metadata: &TableMetadata,
-    older: Option<Box<LedgerRecord>>,
-    newer: Box<LedgerRecord>,
-) -> Found {
-    let is_undone = older.as_ref().is_some_and(|older| went_back_on_purpose(metadata, older, &newer));
+fn rolled_back(older: Option<Box<LedgerRecord>>, newer: Box<LedgerRecord>) -> Found {
+    // By their numbers alone too: records of before version 4 know no timelines.
+    let is_undone = older.as_ref().is_some_and(|older| newer.batch < older.batch || newer.left_behind(older));
     Found::RolledBack { older, newer, is_undone }
-}
-
-/// Whether a ledger came to `newer` by going back to before `older`, by `savepoint restore` or a replay: batches only count
-/// up on the way from one record to a later one of the same history. Where that way was expired, the numbers alone tell.
-fn went_back_on_purpose(metadata: &TableMetadata, older: &LedgerRecord, newer: &LedgerRecord) -> bool {
-    if newer.batch < older.batch {
-        return true;
-    }
-    let of = |at: &iceberg::spec::SnapshotRef, record: &LedgerRecord| {
-        at.summary().additional_properties.get("tidemill.attempt") == Some(&record.attempt.to_string())
-    };
-    let batch = |at: &iceberg::spec::SnapshotRef| -> Option<u64> {
-        at.summary().additional_properties.get("tidemill.batch")?.parse().ok()
-    };
-    let head = metadata.snapshots().find(|at| of(at, newer));
-    let way = std::iter::successors(head, |at| metadata.snapshot_by_id(at.parent_snapshot_id()?));
-    way.take(metadata.snapshots().len())
-        .take_while(|at| !of(at, older))
-        .any(|at| batch(at).is_some_and(|batch| batch < older.batch))
 }
 
 /// Whether a full record says the same as the packed one of the same commit. One that was edited by hand does not, and

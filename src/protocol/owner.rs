@@ -839,6 +839,7 @@ fn first_record<W: World>(
         job_hash: job_hash.clone(),
         sides_back_to: None,
         restored_from: None,
+        timelines: Vec::new(),
         dedup: ledger::DedupRecord { seed, key_spec_hash, ..dedup.clone() },
         topics: fence.topic_ids.clone(),
         lanes: BTreeMap::from([(LIVE_LANE.to_owned(), lane)]),

@@ -245,6 +245,7 @@ fn replay(older: &LedgerRecord, newer: &LedgerRecord) -> LedgerRecord {
         // Files that the older batch still owed are told by the newer record if it is of the same batch.
         sides: if older.batch == newer.batch { newer.sides.clone() } else { older.sides.clone() },
         sides_back_to: Some(older.batch),
+        timelines: newer.timelines_from(older.batch),
         jumps,
         ..older.clone()
     }

@@ -38,6 +38,7 @@ pub(crate) fn record() -> LedgerRecord {
         job_hash: "hash".into(),
         sides_back_to: None,
         restored_from: None,
+        timelines: Vec::new(),
         dedup: DedupRecord {
             generation: Some("g".into()),
             checksum: Some("c".into()),
@@ -137,8 +138,8 @@ fn the_packed_form_keeps_to_its_size() {
 
 #[test]
 fn a_newer_record_is_refused_by_name_before_anything_is_read_from_it() {
-    let error = LedgerRecord::from_property(r#"{"format": 4, "everything": "else"}"#).unwrap_err();
-    assert_eq!(error.to_string(), "ledger format 4 is newer than 3, the newest that this program reads");
+    let error = LedgerRecord::from_property(r#"{"format": 5, "everything": "else"}"#).unwrap_err();
+    assert_eq!(error.to_string(), "ledger format 5 is newer than 4, the newest that this program reads");
 }
 
 #[test]
@@ -210,13 +211,50 @@ fn backfilling_record() -> LedgerRecord {
 fn the_golden_record_of_format_3_is_read() {
     let text = include_str!("../../../fixtures/ledger-3.json");
     // written before a backfill could have a ratio of its own
-    let mut record = backfilling_record();
+    let mut record = LedgerRecord { format: 3, ..backfilling_record() };
     record
         .lanes
         .values_mut()
         .filter_map(|lane| lane.backfill.as_mut())
         .for_each(|lane| lane.letters_ratio_max = None);
     assert_eq!(LedgerRecord::from_property(text).unwrap(), record);
+}
+
+/// What version 4 added: a ledger that went back to batch 2, and later to batch 3.
+fn restored_record() -> LedgerRecord {
+    let first = LedgerRecord { timelines: record().timelines_from(2), ..record() };
+    LedgerRecord { timelines: first.timelines_from(3), ..record() }
+}
+
+#[test]
+fn the_golden_record_of_format_4_is_read() {
+    let text = include_str!("../../../fixtures/ledger-4.json");
+    assert_eq!(LedgerRecord::from_property(text).unwrap(), restored_record());
+    let packed = LedgerRecord::from_packed(&restored_record().pack(), 1).unwrap();
+    assert_eq!(packed.timelines, restored_record().timelines);
+}
+
+#[test]
+fn what_the_ledger_went_behind_is_known_however_often_it_went_back() {
+    let at =
+        |batch, timelines: &[Timeline]| LedgerRecord { batch, timelines: timelines.to_vec(), ..record() };
+    let ninth = at(9, &[]);
+    let fourth = at(4, &ninth.timelines_from(4));
+    let later = at(30, &fourth.timelines);
+    assert!(fourth.left_behind(&ninth) && later.left_behind(&ninth) && later.left_behind(&at(5, &[])));
+    // Batch 4 and what is older are of both.
+    assert!(!later.left_behind(&at(4, &[])) && !later.left_behind(&fourth));
+    let again = at(20, &later.timelines_from(20));
+    assert!(
+        again.left_behind(&later)
+            && again.left_behind(&ninth)
+            && !again.left_behind(&at(18, &later.timelines))
+    );
+    // Going behind all of it leaves one line, which says as much.
+    let behind = at(2, &again.timelines_from(2));
+    assert_eq!(behind.timelines, [Timeline { number: 3, begin: 2 }]);
+    assert!([&ninth, &fourth, &later, &again].iter().all(|older| behind.left_behind(older)));
+    assert!(!behind.left_behind(&at(2, &[])));
 }
 
 #[test]
@@ -329,10 +367,12 @@ fn a_rollback_is_told_by_the_snapshots_that_came_after_and_are_of_the_same_ledge
 
 #[test]
 fn a_restore_or_replay_that_a_rollback_undoes_is_no_plain_rollback() {
-    let all = [at(4, 5), at(9, 10), at(4, 11), at(5, 12), at(10, 13)];
+    let mut all = [at(4, 5), at(9, 10), at(4, 11), at(5, 12), at(10, 13)];
+    let timelines = all[1].timelines_from(4);
+    all[2..].iter_mut().for_each(|record| record.timelines.clone_from(&timelines));
     let snapshots: Vec<(i64, Option<i64>, &LedgerRecord)> =
         all.iter().zip(1..).map(|(record, id)| (id, (id > 1).then_some(id - 1), record)).collect();
-    // Batches 4 and 9, back to 4, then 5 and 10. The numbers tell at once, and the way between once it is ahead again.
+    // Batches 4 and 9, back to 4, then 5 and 10.
     assert_eq!(rolled_back_by(&table_of(&snapshots[..3], 2)), Some((Some(9), 4, true)));
     assert_eq!(rolled_back_by(&table_of(&snapshots, 2)), Some((Some(9), 10, true)));
     assert_eq!(rolled_back_by(&table_of(&snapshots, 3)), Some((Some(4), 10, false)));

@@ -623,6 +623,7 @@ fn restored(head: &LedgerRecord, then: &LedgerRecord, name: &str) -> LedgerRecor
         lease_until_ms: head.lease_until_ms,
         released: false,
         sides_back_to: Some(then.batch),
+        timelines: head.timelines_from(then.batch),
         restored_from: Some(name.to_owned()),
         batch_generation: then.batch_generation.clone(),
         jumps,
