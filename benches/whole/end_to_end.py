@@ -1,28 +1,44 @@
-"""Kafka to committed Iceberg rows, beside a bare librdkafka drain of the same topic.
+"""Kafka to committed Iceberg rows, beside a bare librdkafka drain of the same topic, and the time to the first rows.
 
 Drain and run take turns on the same broker, so that a shared machine slows both. Processor time of the broker is counted
-beside that of each.
+beside that of each. Rows are visible when pyiceberg, which loads the table again and again from outside, sees a snapshot with
+rows: in each round with the batches that the job makes by itself, and once more with a first batch that closes early.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
-import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests"), str(HERE.parents[1] / "tests" / "acceptance")]
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import NoSuchTableError
 
-import events  # noqa: E402
-from job import binary  # noqa: E402
-from limit import measured  # noqa: E402
-from oom import PARTITIONS, TABLE, good, job_of, say  # noqa: E402
-from services import Broker  # noqa: E402
+import events
+from limit import measured
+from shared import (
+    PARTITIONS,
+    TABLE,
+    Job,
+    broker_in,
+    bytes_of,
+    days_ago,
+    files_of,
+    fill_topic,
+    good,
+    job_of,
+    options,
+    rates,
+    run_command,
+    say,
+)  # fmt: skip
+
+# between two looks at the table from outside, until it has rows: each costs a processor some milliseconds
+VISIBLE_EVERY_SECONDS = 0.05
+# of the first batch, where it is asked for early rows
+EARLY = ("--set", "microbatch.max_records=200000", "--max-batches", "1")
 
 
 def cpu_seconds_of(pid: int) -> float:
@@ -31,60 +47,80 @@ def cpu_seconds_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
+def has_rows(catalog: Catalog) -> bool:
+    """Whether a reader sees a row of the table."""
+    try:
+        snapshot = catalog.load_table(TABLE).current_snapshot()
+    except NoSuchTableError:
+        return False
+    return bool(snapshot and snapshot.summary and int(snapshot.summary.additional_properties.get("total-records", 0)))
+
+
+class FirstRows:
+    """When rows were first seen, in seconds of the clock that the looks are given."""
+
+    def __init__(self, job: Job) -> None:
+        self.seconds: float | None = None
+        self._next = 0.0
+        # opened before the run: what is opened first makes the catalog's own tables
+        self._catalog = job.open_catalog()
+
+    def look(self, clock: Callable[[], float]) -> None:
+        """One look, if it is time for one."""
+        if self.seconds is None and clock() >= self._next:
+            if has_rows(self._catalog):
+                self.seconds = round(clock(), 2)
+            self._next = clock() + VISIBLE_EVERY_SECONDS
+
+
 def main() -> None:
     """Runs everything and prints one JSON object."""
-    parser = argparse.ArgumentParser(prog="benches/run end_to_end", description=__doc__)
-    parser.add_argument("--events", type=float, default=1e7, help="events in the topic")
-    parser.add_argument("--memory", default="256 MiB", help="the job's memory and the hard limit of the process")
-    parser.add_argument("--compression", default="lz4", help="of the topic")
+    parser = options("end_to_end", __doc__, 1e7, "256 MiB")
     parser.add_argument("--rounds", type=int, default=3, help="turns of drain and run")
     parser.add_argument("--drain", required=True, help="the program that only drains; benches/run builds it")
-    parser.add_argument("--folder", help="where tables, states and broker lie; by default a temporary folder")
-    parser.add_argument("--json", action="store_true", help="accepted for symmetry: the result is always JSON")
     asked = parser.parse_args()
-    amount, unit = asked.memory.split()
-    limit_bytes = int(amount) << {"MiB": 20, "GiB": 30}[unit]
-    begin_ms = (int(time.time() * 1000) // events.DAY_MS - 6) * events.DAY_MS
+    limit_bytes = bytes_of(asked.memory)
     # no table before: the share of far repeats repeats events of the topic
-    stream = events.Stream(int(asked.events), table_keys=0, begin_ms=begin_ms, far_percent=0, near_percent=6)
+    stream = events.Stream(int(asked.events), table_keys=0, begin_ms=days_ago(), far_percent=0, near_percent=6)
     rounds: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
-        folder = Path(name)
-        with Broker(folder / "kafka") as broker:
-            broker.create_topic("events", PARTITIONS)
-            events.send(broker.bootstrap, "events", PARTITIONS, stream, asked.compression)
-            say(f"topic: {events.records_in(broker.bootstrap, 'events', PARTITIONS)} events")
-            for number in range(asked.rounds):
-                before = cpu_seconds_of(broker.pid)
-                drain = good("drain", measured([asked.drain, broker.bootstrap, "events"]))
-                between = cpu_seconds_of(broker.pid)
-                job = job_of(folder, f"round{number}", broker.bootstrap, "events", asked.memory)
-                run = good("run", measured([str(binary()), "run", str(job.path), "--json"], limit_bytes))
-                after = cpu_seconds_of(broker.pid)
-                table = job.open_catalog().load_table(TABLE)
-                files = [task.file.file_path.removeprefix("file://") for task in table.scan().plan_files()]
-                million = stream.events / 1e6
-                rounds.append(
-                    {
-                        "drain_events_per_second": round(stream.events / drain.seconds),
-                        "drain_cpu_seconds_per_million": round((drain.cpu_seconds + between - before) / million, 3),
-                        "run_events_per_second": round(stream.events / run.seconds),
-                        "run_cpu_seconds_per_million": round(run.cpu_seconds / million, 3),
-                        "run_cpu_seconds_per_million_with_broker": round(
-                            (run.cpu_seconds + after - between) / million, 3
-                        ),
-                        "share_of_drain": round(drain.seconds / run.seconds, 3),
-                        "batches": run.events[-1]["batches"],
-                        "files": len(files),
-                        **run.figures(),
-                        "checked": events.check(files, stream, with_table=False),
-                    }
-                )
-                say(f"round {number + 1}: {rounds[-1]}")
+    with broker_in(asked.folder) as (folder, broker):
+        fill_topic(broker, "events", PARTITIONS, stream, asked.compression)
+        for number in range(asked.rounds):
+            before = cpu_seconds_of(broker.pid)
+            drain = good("drain", measured([asked.drain, broker.bootstrap, "events"]))
+            between = cpu_seconds_of(broker.pid)
+            job = job_of(folder, f"round{number}", broker.bootstrap, "events", asked.memory)
+            first = FirstRows(job)
+            run = good("run", measured(run_command(job), limit_bytes, first.look))
+            after = cpu_seconds_of(broker.pid)
+            million = stream.events / 1e6
+            files = files_of(job)
+            rounds.append(
+                {
+                    "drain_events_per_second": round(stream.events / drain.seconds),
+                    "drain_cpu_seconds_per_million": round((drain.cpu_seconds + between - before) / million, 3),
+                    **rates(run, stream),
+                    "run_cpu_seconds_per_million_with_broker": round((run.cpu_seconds + after - between) / million, 3),
+                    "share_of_drain": round(drain.seconds / run.seconds, 3),
+                    "first_rows_seconds": first.seconds,
+                    "batches": run.events[-1]["batches"],
+                    "files": len(files),
+                    "checked": events.check(files, stream, with_table=False),
+                }
+            )
+            say(f"round {number + 1}: {rounds[-1]}")
+        early: list[float | None] = []
+        for number in range(asked.rounds):
+            job = job_of(folder, f"early{number}", broker.bootstrap, "events", asked.memory)
+            first = FirstRows(job)
+            good("run", measured(run_command(job, *EARLY), limit_bytes, first.look))
+            early.append(first.seconds)
     result = {
         "figure": "end_to_end", "events": stream.events, "memory": asked.memory, "near_repeats": 0.06,
         "topic": {"partitions": PARTITIONS, "compression": asked.compression},
-        "share_of_drain_median": statistics.median(one["share_of_drain"] for one in rounds), "rounds": rounds,
+        "share_of_drain_median": statistics.median(one["share_of_drain"] for one in rounds),
+        "first_rows_seconds": {"as_the_job_stands": [one["first_rows_seconds"] for one in rounds], " ".join(EARLY): early},
+        "rounds": rounds,
     }  # fmt: skip
     print(json.dumps(result))
 

@@ -6,6 +6,7 @@ numbers below `table_keys`; events that repeat one of them draw it evenly from a
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +24,13 @@ from pyiceberg.types import LongType, NestedField, StringType, TimestamptzType
 DAY_MS = 24 * 3600 * 1000
 # the table's rows lie in so many whole days, which a window of seven holds with the events that follow
 TABLE_DAYS = 5
+# what a producer sends at most; brokers of the tests take more
+RECORD_BYTES_MAX = 8 << 20
 ROWS_PER_CHUNK = 1_000_000
 EVENTS_PER_CHUNK = 500_000
+CHUNK_BYTES = 100 << 20
+# large events begin at so many places of one text, so that no two neighbours are alike
+SHIFTS = 1000
 
 COLUMNS = """
 event_id = { type = "string", required = true }
@@ -56,18 +62,38 @@ TYPES = "list_extract(['generated', 'sent', 'delivered', 'clicked'], 1 + n % 4)"
 
 @dataclass(frozen=True)
 class Stream:
-    """Events of a topic: in each hundred, so many repeat a row of the table or an event of shortly before."""
+    """Events of a topic: in each hundred, so many repeat a row of the table or an event of shortly before.
+
+    Without a table, far repeats are of any event before. Times of new events follow each other, a hundred in a millisecond,
+    or are spread evenly over `span_ms`; with `open_days` they are of any of so many days, in no order. One in `large_every`
+    events carries `large_bytes` more in a column: of noise, or of one letter.
+    """
 
     events: int
     table_keys: int
     begin_ms: int
     far_percent: int = 4
     near_percent: int = 2
+    span_ms: int = 0
+    open_days: int = 0
+    large_every: int = 0
+    large_bytes: int = 0
+    large_is_noise: bool = True
 
     @property
     def first_ms(self) -> int:
         """Event time of the first event; rows of the table are older."""
         return self.begin_ms + TABLE_DAYS * DAY_MS
+
+
+def time_of_event(stream: Stream) -> str:
+    """Event time of the new event n, in SQL."""
+    number = f"(n - {stream.table_keys})"
+    if stream.open_days:
+        return f"({stream.begin_ms} + (hash(n) % {stream.open_days})::BIGINT * {DAY_MS} + {number} % {DAY_MS})"
+    if stream.span_ms:
+        return f"({stream.first_ms} + {number} * {stream.span_ms} // {stream.events})"
+    return f"({stream.first_ms} + {number} // 100)"
 
 
 def time_of_row(stream: Stream) -> str:
@@ -96,9 +122,11 @@ def fill_table(catalog: Catalog, name: str, stream: Stream) -> None:
 def numbers_sql(stream: Stream, first: int, last: int) -> str:
     """The number n behind each event i of [first, last), and its event time."""
     far, near = stream.far_percent, stream.near_percent
+    # of the table, or of the events before this hundred
+    repeated = stream.table_keys or "greatest(i - i % 100, 1)"
     return f"""
         SELECT i, CASE
-            WHEN i % 100 < {far} AND {stream.table_keys} > 0 THEN (hash(i) % {max(stream.table_keys, 1)})::BIGINT
+            WHEN i % 100 < {far} AND ({stream.table_keys} > 0 OR i >= 1000) THEN (hash(i) % {repeated})::BIGINT
             WHEN i % 100 < {far + near} AND i >= 1000 THEN {stream.table_keys} + (i - 1 - i % 100) - (hash(i) % 800)::BIGINT
             ELSE {stream.table_keys} + i END AS n
         FROM range({first}, {last}) AS events(i)"""
@@ -108,39 +136,49 @@ def events_of(stream: Stream) -> Iterator[pa.Table]:
     """Chunks of payloads in the order of the topic."""
     connection = duckdb.connect()
     connection.execute("SET memory_limit = '1GB'; SET enable_progress_bar = false")
-    for first in range(0, stream.events, EVENTS_PER_CHUNK):
-        last = min(first + EVENTS_PER_CHUNK, stream.events)
+    chunk, more, large = EVENTS_PER_CHUNK, "''", ""
+    if stream.large_every:
+        chunk = min(chunk, max(CHUNK_BYTES * stream.large_every // stream.large_bytes, 1))
+        # in the middle of a hundred, where no repeats are
+        more = f"CASE WHEN n % {stream.large_every} = {stream.large_every // 2} THEN substr($large, 1 + n % {SHIFTS}, {stream.large_bytes}) ELSE '' END"
+        length = stream.large_bytes + SHIFTS
+        large = random.Random(1).randbytes(length // 2 + 1).hex() if stream.large_is_noise else "x" * length
+    for first in range(0, stream.events, chunk):
+        last = min(first + chunk, stream.events)
         yield connection.execute(
             f"""
             SELECT '{{"event_id":"' || md5(n::VARCHAR) || '","event_type":"' || {TYPES} || '","ts":' || ts
-                || ',"user_id":' || n % 9973 || ',"campaign":"welcome-' || n % 7
+                || ',"user_id":' || n % 9973 || ',"campaign":"welcome-' || n % 7 || {more}
                 || '","channel":"push","delivery":{{"provider":"fcm","region":"eu-west-1","attempt":1}}'
                 || ',"locale":"en-GB","device":"' || md5((n + 1)::VARCHAR) || '","agent":"client/4.2 (build ' || n % 1000 || ')"}}'
                 AS payload
             FROM (SELECT i, n, CASE WHEN n < {stream.table_keys} THEN {time_of_row(stream)}
-                ELSE {stream.first_ms} + (n - {stream.table_keys}) // 100 END AS ts
+                ELSE {time_of_event(stream)} END AS ts
                 FROM ({numbers_sql(stream, first, last)}))
             ORDER BY i
-            """
+            """,
+            {"large": large} if large else None,
         ).to_arrow_table()
 
 
-def send(bootstrap: str, topic: str, partitions: int, stream: Stream, compression: str) -> None:
-    """Sends the stream in its order, round robin over the topic partitions."""
+def send(bootstrap: str, topic: str, partitions: int, stream: Stream, compression: str) -> int:
+    """Sends the stream in its order, round robin over the topic partitions; the bytes of all payloads."""
     failures: list[KafkaError] = []
     producer = Producer(
         {
             "bootstrap.servers": bootstrap, "linger.ms": 20, "batch.size": 1 << 20, "acks": "all",
-            "compression.type": compression, "queue.buffering.max.messages": 2_000_000,
+            "compression.type": compression, "queue.buffering.max.messages": 2_000_000, "message.max.bytes": RECORD_BYTES_MAX,
             "on_delivery": lambda error, _message: failures.append(error) if error is not None else None,
         }
     )  # fmt: skip
-    sent = 0
+    sent = payload_bytes = 0
     for chunk in events_of(stream):
         for payload in chunk["payload"]:
+            text = payload.as_py()
+            payload_bytes += len(text)
             while True:
                 try:
-                    producer.produce(topic, payload.as_py(), partition=sent % partitions)
+                    producer.produce(topic, text, partition=sent % partitions)
                     break
                 except BufferError:
                     producer.poll(0.1)
@@ -149,6 +187,7 @@ def send(bootstrap: str, topic: str, partitions: int, stream: Stream, compressio
     left = producer.flush(300)
     if left or failures:
         raise RuntimeError(f"{left} events were not sent; {failures[:3]}")
+    return payload_bytes
 
 
 def records_in(bootstrap: str, topic: str, partitions: int) -> int:
@@ -172,7 +211,9 @@ def check(files: list[str], stream: Stream, with_table: bool) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         connection = duckdb.connect(str(Path(folder) / "check.db"))
         # its progress bar would stand among the results
-        connection.execute("SET memory_limit = '4GB'; SET preserve_insertion_order = false; SET enable_progress_bar = false")
+        connection.execute(
+            "SET memory_limit = '4GB'; SET preserve_insertion_order = false; SET enable_progress_bar = false"
+        )
         for digits in ("0123", "4567", "89ab", "cdef"):
             # halves of the digest: joined as numbers, not as text
             connection.execute(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,29 @@ class Measured:
         }  # fmt: skip
 
 
-def measured(command: list[str], limit_bytes: int | None = None) -> Measured:
-    """Runs a command that prints JSON lines. Memory is its VmHWM: `exec` begins that anew, unlike what `wait4` hands over."""
+def measured(
+    command: list[str], limit_bytes: int | None = None, beside: Callable[[Callable[[], float]], None] | None = None
+) -> Measured:
+    """Runs a command that prints JSON lines. Memory is its VmHWM: `exec` begins that anew, unlike what `wait4` hands over.
+
+    Each line gets `seconds_printed`, from the start. `beside` is called at every look at the process, with that clock.
+    """
     folder = _limited(limit_bytes) if limit_bytes else None
     prefix = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(folder)] if folder else []
     # what it prints goes to files, so that it never waits for a reader
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said_of_errors:
         begun = time.monotonic()
         child = subprocess.Popen([*prefix, *command], stdin=subprocess.DEVNULL, stdout=printed, stderr=said_of_errors)
+        # when so many bytes had been printed
+        marks: list[tuple[float, int]] = []
         try:
             # before it is reaped a process that ended has no memory any more: the last look at it while it lives counts
             peak_rss_bytes = 0
             while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 peak_rss_bytes = max(peak_rss_bytes, _peak_bytes(child.pid))
+                marks.append((time.monotonic() - begun, os.fstat(printed.fileno()).st_size))
+                if beside:
+                    beside(lambda: time.monotonic() - begun)
                 # a sample: a peak is asked for while the process lives, and nothing tells that it rose
                 time.sleep(LOOK_EVERY_SECONDS)
             _, status, usage = os.wait4(child.pid, 0)
@@ -61,10 +72,23 @@ def measured(command: list[str], limit_bytes: int | None = None) -> Measured:
         printed.seek(0)
         said_of_errors.seek(0)
         out, err = printed.read(), said_of_errors.read()
-    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    lines = _stamped(out, [*marks, (seconds, len(out.encode()))])
     said = f"cgroup of {limit_bytes} bytes" if folder else "none"
     cpu_seconds = usage.ru_utime + usage.ru_stime
     return Measured(child.returncode, seconds, cpu_seconds, peak_rss_bytes, said, lines, err)
+
+
+def _stamped(out: str, marks: list[tuple[float, int]]) -> list[dict[str, Any]]:
+    """The JSON lines, each with the time of the first mark that has all of it."""
+    lines: list[dict[str, Any]] = []
+    end = number = 0
+    for line in out.splitlines(keepends=True):
+        end += len(line.encode())
+        while marks[number][1] < end:
+            number += 1
+        if line.startswith("{"):
+            lines.append({**json.loads(line), "seconds_printed": round(marks[number][0], 3)})
+    return lines
 
 
 def _peak_bytes(process: int) -> int:
