@@ -4,9 +4,7 @@
 //! says the same when it is written and read again. Each function says whether its input was taken, so that a replay can
 //! tell mutations that get far from noise.
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::cell::RefCell;
 use std::path::Path;
 use std::sync::LazyLock;
 
@@ -20,8 +18,8 @@ use serde_json::Value;
 
 use crate::commit::ledger::{self, LedgerRecord};
 use crate::commit::side;
-use crate::decode::Decoder;
-use crate::job::file::{LoadedJob, read};
+use crate::decode::{DecodeSetupError, Decoder};
+use crate::job::file::{JobSource, LoadedJob};
 use crate::offset::TopicPartition;
 use crate::record::{RecordChunk, RecordParts};
 use crate::sink::{schema, writer};
@@ -58,8 +56,17 @@ key = ["event_id"]
 table = "events.fuzzed"
 "#;
 
-static LOADED: LazyLock<LoadedJob> =
-    LazyLock::new(|| job_of(JOB.as_bytes()).expect("memory for a job file").expect("the job is right"));
+static LOADED: LazyLock<LoadedJob> = LazyLock::new(|| job_of(JOB.as_bytes()).expect("the job is right"));
+
+thread_local! {
+    /// Lives on from payload to payload, as in a run: what it remembers is to change its speed alone.
+    static DECODER: RefCell<Decoder> = RefCell::new(decoder_of(&LOADED).expect("the columns can be decoded"));
+}
+
+fn decoder_of(loaded: &LoadedJob) -> Result<Decoder, DecodeSetupError> {
+    let job = &loaded.job;
+    Decoder::new(&job.decode, &job.dedup.key, &job.event_time.column, job.source.record_bytes_max)
+}
 
 /// A table as `metadata` describes it; its files are nowhere.
 fn table_of(metadata: TableMetadata) -> Option<Table> {
@@ -139,42 +146,32 @@ pub fn owed_files(bytes: &[u8]) -> bool {
     true
 }
 
-/// A job file, or nothing where the system has no memory for one.
-fn job_of(bytes: &[u8]) -> Option<Result<LoadedJob, String>> {
-    let file = File::from(rustix::fs::memfd_create("job.toml", rustix::fs::MemfdFlags::CLOEXEC).ok()?);
-    file.write_all_at(bytes, 0).ok()?;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+fn job_of(bytes: &[u8]) -> Result<LoadedJob, String> {
     let environment = |name: &str| name.len().is_multiple_of(2).then(|| "3".to_owned());
-    Some(read(Path::new(&path), &[], &environment).map_err(|problems| problems.to_string()))
+    let source = JobSource::of_bytes(Path::new("job.toml"), bytes.to_vec(), &[]);
+    source.and_then(|source| source.check(&environment)).map_err(|problems| problems.to_string())
 }
 
 /// Reads a job file and, if it is right, prepares to decode by it.
 pub fn job_file(bytes: &[u8]) -> bool {
     let loaded = match job_of(bytes) {
-        Some(Ok(loaded)) => loaded,
-        Some(Err(problems)) => {
+        Ok(loaded) => loaded,
+        Err(problems) => {
             assert!(!problems.trim().is_empty(), "a refusal says why");
             return false;
         }
-        None => return false,
     };
-    let job = &loaded.job;
-    let _decoder =
-        Decoder::new(&job.decode, &job.dedup.key, &job.event_time.column, job.source.record_bytes_max);
-    let _schema = schema::table_schema(job);
+    let _decoder = decoder_of(&loaded);
+    let _schema = schema::table_schema(&loaded.job);
     true
 }
 
 /// Decodes the payload of one record.
 pub fn payload(bytes: &[u8]) -> bool {
-    let job = &LOADED.job;
-    let decoder =
-        Decoder::new(&job.decode, &job.dedup.key, &job.event_time.column, job.source.record_bytes_max);
-    let mut decoder = decoder.expect("the columns can be decoded");
     let mut chunk = RecordChunk::default();
     chunk.push(RecordParts { slot: 0, offset: 0, timestamp_ms: Some(0), key: None, payload: Some(bytes) });
-    let decoded = decoder
-        .decode(&chunk, &[TopicPartition::new("events", 0)])
+    let decoded = DECODER
+        .with_borrow_mut(|decoder| decoder.decode(&chunk, &[TopicPartition::new("events", 0)]))
         .expect("one record is no chunk that is too large");
     let rows = decoded.rows.num_rows();
     assert_eq!(

@@ -104,12 +104,21 @@ impl JobSource {
     /// # Errors
     /// A file that is missing, too large or not UTF-8, and a `--set` without `=`.
     pub fn load(path: &Path, sets: &[String]) -> Result<Self, JobErrors> {
-        let label = path.display().to_string();
-        let alone = |found: String, hint: &str| JobErrors(vec![Problem::of_file(&label, found, hint)]);
         let mut bytes = Vec::new();
         std::fs::File::open(path)
             .and_then(|file| file.take(JOB_FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
-            .map_err(|error| alone(format!("job file can not be read: {error}"), ""))?;
+            .map_err(|error| {
+                let label = path.display().to_string();
+                let found = format!("job file can not be read: {error}");
+                JobErrors(vec![Problem::of_file(&label, found, "")])
+            })?;
+        Self::of_bytes(path, bytes, sets)
+    }
+
+    /// [`JobSource::load`] of a file that was read.
+    pub(crate) fn of_bytes(path: &Path, bytes: Vec<u8>, sets: &[String]) -> Result<Self, JobErrors> {
+        let label = path.display().to_string();
+        let alone = |found: String, hint: &str| JobErrors(vec![Problem::of_file(&label, found, hint)]);
         if bytes.len() as u64 > JOB_FILE_BYTES_MAX {
             return Err(alone(
                 format!("job file is larger than {JOB_FILE_BYTES_MAX} bytes"),

@@ -1,5 +1,7 @@
 #![no_main]
 
+use tidemill_fuzz as _;
+
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     tidemill::fuzz::owed_files(bytes);
 });
