@@ -7,8 +7,9 @@
 //!
 //! Bounds: [`QueueSizes`] splits the client's share of the memory budget over the topic partitions that are read.
 //! librdkafka's limits are soft: a queue below them takes one more response, whose size is limited as it is on the
-//! wire, compressed. The split leaves half for that, which holds up to a compression of about four; a log that is
-//! compressed better takes more by as much.
+//! wire, compressed. The split leaves half for that, at a compression of [`COMPRESSION_MAX`]: it is decompressed as a
+//! whole. At twice that it takes the whole share, which the other shares, never full at once, have left free in every
+//! measurement (benches/whole/memory.py).
 
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
@@ -21,11 +22,15 @@ use crate::source::error::SourceError;
 const RECORD_OVERHEAD_BYTES: u64 = 512;
 /// Fewest queued records per topic partition: a fetch always brings some.
 const QUEUED_RECORDS_MIN: u64 = 16;
-/// Smallest and largest request for one topic partition. A larger record batch still comes whole (KIP-74).
-const FETCH_BYTES_MIN: u64 = 16 << 10;
+/// A log that is compressed better than this takes more memory by as much: 16,000 equal letters beside an event's 300 bytes are
+/// compressed two hundredfold. Smaller responses would hold that too, and read a twentieth slower.
+const COMPRESSION_MAX: u64 = 100;
+/// Smallest and largest request for one topic partition. A larger record batch still comes whole (KIP-74), but only for the
+/// first topic partition of a request that has any: with less than a usual batch a thousand of them wait in line.
+const FETCH_BYTES_MIN: u64 = 64 << 10;
 const FETCH_BYTES_MAX: u64 = 1 << 20;
-/// Bounds of one response of a broker: librdkafka raises less to its `message.max.bytes`, its own default is the most.
-const RESPONSE_BYTES_MIN: u64 = 1_000_000;
+/// Bounds of one response of a broker: below the least a far broker is slow, librdkafka's own default is the most.
+const RESPONSE_BYTES_MIN: u64 = 64 << 10;
 const RESPONSE_BYTES_MAX: u64 = 52_428_800;
 /// Largest response that is accepted at all; librdkafka's default. A limit against broken lengths, not a reservation.
 const RECEIVE_BYTES_DEFAULT: u64 = 100_000_000;
@@ -77,11 +82,12 @@ pub(super) struct QueueSizes {
 
 impl QueueSizes {
     /// Splits `queue_bytes` over `topic_partitions` queues: a quarter for payload, a quarter for what records cost
-    /// beside it, half for the response that may come on top, which is a sixteenth before it is decompressed.
+    /// beside it, half for the response that may come on top, decompressed.
     pub fn plan(queue_bytes: u64, topic_partitions: usize, record_bytes_max: u64) -> Self {
         let share = queue_bytes / (topic_partitions.max(1) as u64);
-        let fetch_bytes = (share / 16).clamp(FETCH_BYTES_MIN, FETCH_BYTES_MAX);
-        let response_bytes = (queue_bytes / 16).clamp(RESPONSE_BYTES_MIN, RESPONSE_BYTES_MAX);
+        let response_bytes =
+            (queue_bytes / 2 / COMPRESSION_MAX).clamp(RESPONSE_BYTES_MIN, RESPONSE_BYTES_MAX);
+        let fetch_bytes = (share / 16).clamp(FETCH_BYTES_MIN, FETCH_BYTES_MAX).min(response_bytes);
         let receive_bytes = (response_bytes + record_bytes_max.saturating_mul(2) + PROTOCOL_BYTES)
             .clamp(RECEIVE_BYTES_DEFAULT, i32::MAX as u64);
         Self {
@@ -100,6 +106,8 @@ impl QueueSizes {
             .set("queued.max.messages.kbytes", self.queued_kib.to_string())
             .set("fetch.message.max.bytes", self.fetch_bytes.to_string())
             .set("fetch.max.bytes", self.response_bytes.to_string())
+            // librdkafka raises the bound of a response to this, which otherwise says nothing of a consumer
+            .set("message.max.bytes", self.response_bytes.to_string())
             .set("receive.message.max.bytes", self.receive_bytes.to_string())
             .set("fetch.queue.backoff.ms", FULL_QUEUE_BACKOFF_MS.to_string());
     }
@@ -217,8 +225,8 @@ mod tests {
             for queue_bytes in [32 << 20, 256 << 20, 1 << 30] {
                 let sizes = QueueSizes::plan(queue_bytes, partitions, 64 << 20);
                 let heads = sizes.queued_records * RECORD_OVERHEAD_BYTES;
-                let each = sizes.queued_kib * 1024 + heads + sizes.fetch_bytes;
-                assert!(each * partitions as u64 <= queue_bytes, "{sizes:?}");
+                let queued = (sizes.queued_kib * 1024 + heads) * partitions as u64;
+                assert!(queued + sizes.response_bytes * COMPRESSION_MAX <= queue_bytes, "{sizes:?}");
                 assert!(sizes.receive_bytes > 64 << 20);
                 assert!(sizes.receive_bytes >= sizes.response_bytes + 512);
             }
