@@ -42,8 +42,8 @@ pub use slot::{ReadPlan, Tail, tail_hash};
 
 /// How long a topic partition may give neither a record nor its end.
 pub const STALL_AFTER_DEFAULT: Duration = Duration::from_secs(60);
-/// So much longer for each other that waits too: a response holds one topic partition or a few, and takes a loaded broker
-/// with a thousand of them in the request 60 ms.
+/// So much longer for each other one: a response may hold one topic partition alone, librdkafka begins each request with the
+/// next one in a circle, and a request that names a thousand takes a loaded broker 60 to 90 ms.
 const PATIENCE_PER_OTHER: Duration = Duration::from_millis(250);
 /// Most records of one topic partition in a turn.
 const TURN_RECORDS_MAX: usize = 512;
@@ -64,8 +64,8 @@ const RANGE_TIME_MAX: Duration = Duration::from_secs(10);
 pub struct ReaderOptions {
     /// Whether headers are copied. Parsing them costs allocations per record.
     pub headers: bool,
-    /// How long a topic partition may be silent, counted while [`Reader::read`] or [`Reader::verify_tails`] runs, and somewhat
-    /// longer where others wait beside it.
+    /// How long a topic partition may be silent, counted while [`Reader::read`] or [`Reader::verify_tails`] runs, and a
+    /// quarter of a second longer for each other one of the plan.
     pub stall_after: Duration,
     /// Into how many equal parts the memory of the client's queues is divided; this reader takes one. At least 1.
     pub queue_parts: u32,
@@ -582,8 +582,8 @@ impl Reader {
 
     fn check_stall(&self) -> Result<(), SourceError> {
         let silent = |slot: &Slot| self.time_read.saturating_sub(slot.moved_at);
-        let owed = self.slots.iter().filter(|slot| slot.is_owed()).count();
-        let others = u32::try_from(owed.saturating_sub(1)).unwrap_or(u32::MAX);
+        // Those that are finished stand in the line too: the client goes on asking for what may come.
+        let others = u32::try_from(self.slots.len().saturating_sub(1)).unwrap_or(u32::MAX);
         let patience = self.options.stall_after.saturating_add(PATIENCE_PER_OTHER.saturating_mul(others));
         let longest = (0..self.slots.len())
             .filter(|&index| self.slots[index].is_owed())
