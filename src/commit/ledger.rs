@@ -37,6 +37,8 @@ use lane::{pack_lane, unpack_lane};
 /// program that reads only version 2 would take a backfill's batch for one of the live lane. Version 3 knew no [`Timeline`]: a
 /// program that reads only version 3 would replay from what a restore has left.
 pub const FORMAT_VERSION: u32 = 4;
+/// Most timelines that a record names.
+const TIMELINES_MAX: usize = 64;
 /// Table property with the full record.
 pub const PROPERTY: &str = "tidemill.ledger";
 /// Snapshot summary key with the packed record.
@@ -378,11 +380,21 @@ impl LedgerRecord {
         self.sides.values().any(|side| side.owed)
     }
 
+    /// Whether a start has something to do for side tables before anything else: files to bring, or batches to take off.
+    pub fn owes_side_tables(&self) -> bool {
+        self.sides_back_to.is_some() || self.owes_side_files()
+    }
+
     /// The timelines of a record that goes back from this one to a batch.
     pub fn timelines_from(&self, batch: u64) -> Vec<Timeline> {
         let mut timelines = self.timelines.clone();
         timelines.retain(|earlier| earlier.begin < batch);
         timelines.push(Timeline { number: self.timeline() + 1, begin: batch });
+        if timelines.len() > TIMELINES_MAX {
+            // The two oldest become one that says no less: it has the later number and the earlier begin.
+            let oldest = timelines.remove(0);
+            timelines[0].begin = oldest.begin;
+        }
         timelines
     }
 
@@ -504,10 +516,15 @@ fn corrupt(place: &str, why: impl ToString) -> LedgerError {
 fn parse_versioned(text: &str, place: &str) -> Result<Map<String, Value>, LedgerError> {
     let value: Value = serde_json::from_str(text).map_err(|error| corrupt(place, error))?;
     let Value::Object(object) = value else { return Err(corrupt(place, "not a JSON object")) };
+    let numbers = object.get("timelines").and_then(Value::as_array).into_iter().flatten();
+    let is_counted = |timeline: &Value| is_counter(timeline.get("number"));
     match object.get("format").and_then(Value::as_u64) {
         None => Err(corrupt(place, "no format version")),
         Some(found) if found > u64::from(FORMAT_VERSION) => Err(LedgerError::Newer { found }),
         Some(_) => match COUNTERS.iter().find(|name| !is_counter(object.get(**name))) {
+            None if !numbers.into_iter().all(is_counted) => {
+                Err(corrupt(place, "a timeline has no number below 2^53"))
+            }
             None => Ok(object),
             Some(name) => Err(corrupt(place, format!("{name} is no number below 2^53"))),
         },
@@ -736,7 +753,10 @@ fn newest_rolled_back(
         Some(older) => Some(sequence_number_of(metadata, older.attempt)),
         None => ancestry(metadata).map(|snapshot| snapshot.sequence_number()).min(),
     };
-    let came_after = |snapshot: &&iceberg::spec::SnapshotRef| mutant!("tag-of-before-rolled-back", true => after.is_none_or(|after| snapshot.sequence_number() > after));
+    let came_after = |snapshot: &&iceberg::spec::SnapshotRef| {
+        let number = snapshot.sequence_number();
+        mutant!("tag-of-before-rolled-back", true => after.is_none_or(|after| number > after))
+    };
     let mut newest: Option<(i64, Box<LedgerRecord>)> = None;
     for snapshot in metadata.snapshots().filter(came_after) {
         let Some(text) = snapshot.summary().additional_properties.get(SUMMARY_PACKED) else { continue };

@@ -162,7 +162,7 @@ impl Keeper<'_, '_> {
     /// One pass over one table. `search` = look for orphans among the data files whenever that was done last.
     async fn pass(&mut self, which: Which, asked: &Asked, search: bool) -> Result<Done, PassError> {
         let record = &self.owner.record;
-        if record.owes_side_files() || record.sides_back_to.is_some() {
+        if record.owes_side_tables() {
             // A side table waits for files that nothing names yet.
             return Ok(Done::default());
         }

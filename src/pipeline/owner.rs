@@ -200,8 +200,7 @@ impl<'a> Prepared<'a> {
     pub(super) fn nothing_to_do(&self, starts: &BTreeMap<TopicPartition, NextOffset>) -> bool {
         let Some(record) = &self.record else { return mutant!("first-run-is-silent", true => false) };
         let read = self.survey.offsets.iter().all(|(name, range)| starts[name] >= range.end);
-        let owes = record.sides_back_to.is_some() || record.owes_side_files();
-        let settled = mutant!("debt-rests", true => record.released && !owes);
+        let settled = mutant!("debt-rests", true => record.released && !record.owes_side_tables());
         let asked = record.active_backfills().next().is_some() || self.survey.has_requests();
         mutant!("idle-run-commits", false => read)
             && settled

@@ -273,7 +273,13 @@ fn rolled_back(
         match older {
             Some(_) if is_undone => format!(
                 "nothing was read or written; the side tables can not follow main to where it is now; {forward}:\n  \
-                 tidemill run {}",
+                 tidemill run {}\nor, where that snapshot is expired, bring the metadata file of that batch back first \
+                 (register_table)",
+                facts.job_shown,
+                forward = roll_forward(newer)
+            ),
+            None if facts.table_rows > 0 => format!(
+                "nothing was read or written; {forward}:\n  tidemill run {}",
                 facts.job_shown,
                 forward = roll_forward(newer)
             ),
@@ -421,8 +427,8 @@ fn side_follows(
             Reason::OtherJob,
             format!("{words} {} follows another job, {}", side.table, mark.job_id),
             format!(
-                "nothing was read or written; put this job's own {words} back under that name, then:\n  \
-                 tidemill run {}",
+                "nothing was read or written; put this job's own {words} back under that name, or the main table that \
+                 the {words} follows, with that job, then:\n  tidemill run {}",
                 facts.job_shown
             ),
         ));

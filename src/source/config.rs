@@ -6,10 +6,11 @@
 //! 2. Nothing here is printed: not the configuration, not a refused value, not the client's text about one.
 //!
 //! Bounds: [`QueueSizes`] splits the client's share of the memory budget over the topic partitions that are read.
-//! librdkafka's limits are soft: a queue below them takes one more response, whose size is limited as it is on the
-//! wire, compressed. The split leaves half for that, at a compression of [`COMPRESSION_MAX`]: it is decompressed as a
-//! whole. At twice that it takes the whole share, which the other shares, never full at once, have left free in every
-//! measurement (benches/whole/memory.py).
+//! librdkafka's limits are soft: a queue below them takes its part of one more response, whose size is limited as it is on
+//! the wire, compressed. The split leaves half for one response at a compression of [`COMPRESSION_MAX`]: it is decompressed
+//! as a whole. At twice that it takes the whole share, which the other shares, never full at once, have left free in every
+//! measurement (benches/whole/memory.py). Not bounded: a response of each of several brokers, and queues that all fill
+//! while nobody reads, each with a part of its own: hundreds of topic partitions, in a commit that takes seconds.
 
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
@@ -106,7 +107,7 @@ impl QueueSizes {
             .set("queued.max.messages.kbytes", self.queued_kib.to_string())
             .set("fetch.message.max.bytes", self.fetch_bytes.to_string())
             .set("fetch.max.bytes", self.response_bytes.to_string())
-            // librdkafka raises the bound of a response to this, which otherwise says nothing of a consumer
+            // librdkafka refuses a bound of a response that is below this, which otherwise says nothing of a consumer
             .set("message.max.bytes", self.response_bytes.to_string())
             .set("receive.message.max.bytes", self.receive_bytes.to_string())
             .set("fetch.queue.backoff.ms", FULL_QUEUE_BACKOFF_MS.to_string());
@@ -227,6 +228,9 @@ mod tests {
                 let heads = sizes.queued_records * RECORD_OVERHEAD_BYTES;
                 let queued = (sizes.queued_kib * 1024 + heads) * partitions as u64;
                 assert!(queued + sizes.response_bytes * COMPRESSION_MAX <= queue_bytes, "{sizes:?}");
+                // The parts that full queues have on top, where the least part does not break it: see the module.
+                let parts = sizes.fetch_bytes * partitions as u64;
+                assert!(queued + parts <= queue_bytes || sizes.fetch_bytes == FETCH_BYTES_MIN, "{sizes:?}");
                 assert!(sizes.receive_bytes > 64 << 20);
                 assert!(sizes.receive_bytes >= sizes.response_bytes + 512);
             }

@@ -64,8 +64,8 @@ const RANGE_TIME_MAX: Duration = Duration::from_secs(10);
 pub struct ReaderOptions {
     /// Whether headers are copied. Parsing them costs allocations per record.
     pub headers: bool,
-    /// How long a topic partition may be silent, counted while [`Reader::read`] or [`Reader::verify_tails`] runs, and a
-    /// quarter of a second longer for each other one of the plan.
+    /// How long a topic partition may be silent, counted while [`Reader::read`] runs, and, while others are not, a quarter of a
+    /// second longer for each other one of the plan. All of them: in [`Reader::verify_tails`] too.
     pub stall_after: Duration,
     /// Into how many equal parts the memory of the client's queues is divided; this reader takes one. At least 1.
     pub queue_parts: u32,
@@ -247,15 +247,16 @@ impl Reader {
     /// stands before its start. Records that arrive meanwhile are kept for [`Reader::read`].
     ///
     /// # Errors
-    /// [`SourceError::TailDiffers`] lists every topic partition whose record differs; [`SourceError::Stalled`] if
-    /// `timeout` passes first; otherwise as [`Reader::read`].
+    /// [`SourceError::TailDiffers`] lists every topic partition whose record differs; [`SourceError::Stalled`] if `timeout`
+    /// passes in which none was compared; otherwise as [`Reader::read`].
     pub fn verify_tails(&mut self, timeout: Duration) -> Result<(), SourceError> {
         self.ensure_client()?;
-        let begun = Instant::now();
+        // Of the one compared last: where they are many, they stand in a line.
+        let (mut compared_at, mut left_before) = (Instant::now(), usize::MAX);
         // By name: who meets a new client on the way is compared twice.
         let mut differing = BTreeMap::new();
         loop {
-            let mut waiting = None;
+            let (mut waiting, mut left) = (None, 0);
             for index in 0..self.slots.len() {
                 if self.slots[index].unchecked.is_none() {
                     continue;
@@ -270,14 +271,19 @@ impl Reader {
                     Err(fault) => self.resolve(index, fault)?,
                 }
                 if self.slots[index].unchecked.is_some() {
-                    waiting = Some(index);
+                    (waiting, left) = (Some(index), left + 1);
                 }
             }
             let Some(index) = waiting else { break };
-            if begun.elapsed() >= timeout {
-                return Err(self.stalled(index, begun.elapsed()));
+            // Below all that were left before: a new client compares some again, and that is no progress.
+            if left < left_before {
+                (compared_at, left_before) = (Instant::now(), left);
             }
-            self.wait(timeout.saturating_sub(begun.elapsed()))?;
+            let silent = compared_at.elapsed();
+            if silent >= timeout {
+                return Err(self.stalled(index, silent));
+            }
+            self.wait(timeout.saturating_sub(silent))?;
         }
         if differing.is_empty() {
             return Ok(());
@@ -582,9 +588,12 @@ impl Reader {
 
     fn check_stall(&self) -> Result<(), SourceError> {
         let silent = |slot: &Slot| self.time_read.saturating_sub(slot.moved_at);
-        // Those that are finished stand in the line too: the client goes on asking for what may come.
+        // Those that are finished stand in the line too: the client goes on asking for what may come. While it moves.
+        let stall_after = self.options.stall_after;
+        let moves = self.slots.iter().any(|slot| silent(slot) < stall_after);
         let others = u32::try_from(self.slots.len().saturating_sub(1)).unwrap_or(u32::MAX);
-        let patience = self.options.stall_after.saturating_add(PATIENCE_PER_OTHER.saturating_mul(others));
+        let in_line = PATIENCE_PER_OTHER.saturating_mul(if moves { others } else { 0 });
+        let patience = stall_after.saturating_add(in_line);
         let longest = (0..self.slots.len())
             .filter(|&index| self.slots[index].is_owed())
             .max_by_key(|&index| silent(&self.slots[index]));

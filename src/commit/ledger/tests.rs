@@ -255,6 +255,16 @@ fn what_the_ledger_went_behind_is_known_however_often_it_went_back() {
     assert_eq!(behind.timelines, [Timeline { number: 3, begin: 2 }]);
     assert!([&ninth, &fourth, &later, &again].iter().all(|older| behind.left_behind(older)));
     assert!(!behind.left_behind(&at(2, &[])));
+    // Restores to later and later batches: the oldest grow together, and still say so.
+    let long = (1..=100).fold(record(), |record, batch| at(1_000 + batch, &record.timelines_from(batch)));
+    assert_eq!(long.timelines.len(), TIMELINES_MAX);
+    assert!((2..=1_000).all(|batch| long.left_behind(&at(batch, &[]))) && !long.left_behind(&at(1, &[])));
+    let huge = record().to_property().replacen(
+        '{',
+        r#"{"timelines":[{"number":18446744073709551615,"begin":1}],"#,
+        1,
+    );
+    assert!(LedgerRecord::from_property(&huge).unwrap_err().to_string().contains("2^53"));
 }
 
 #[test]

@@ -16,7 +16,7 @@ const PLANNER: &str = "set by the memory planner from `memory`";
 const ASSIGN: &str = "topic partitions are assigned from the ledger, never by the group";
 
 /// Properties that a job file can not set, with the reason. Aliases stand here too: librdkafka resolves them.
-const DENIED: [(&str, &str); 44] = [
+const DENIED: [(&str, &str); 45] = [
     ("plugin.library.paths", "it loads code into the process"),
     ("ssl.engine.location", "it loads code into the process"),
     ("ssl.engine.id", "it belongs to ssl.engine.location, which loads code into the process"),
@@ -58,6 +58,7 @@ const DENIED: [(&str, &str); 44] = [
     ("fetch.message.max.bytes", PLANNER),
     ("max.partition.fetch.bytes", PLANNER),
     ("fetch.max.bytes", PLANNER),
+    ("message.max.bytes", PLANNER),
     ("fetch.min.bytes", PLANNER),
     ("fetch.error.backoff.ms", PLANNER),
     ("receive.message.max.bytes", PLANNER),

@@ -656,6 +656,7 @@ fn properties_that_would_break_a_promise_or_run_code_are_refused_with_the_reason
         "partition.assignment.strategy",
         "queued.max.messages.kbytes",
         "fetch.max.bytes",
+        "message.max.bytes",
         "max.partition.fetch.bytes",
         "metadata.broker.list",
     ] {

@@ -6,6 +6,7 @@ use super::{AtWork, Confirm, Done, need_record};
 use crate::commit::ledger::LedgerRecord;
 use crate::dedup::{self, FLOOR_BUCKETS};
 use crate::event_time::EventTimeMs;
+use crate::job::OnRollback;
 use crate::job::file::LoadedJob;
 use crate::pipeline::RunOptions;
 use crate::pipeline::owner::{Owner, prepare};
@@ -29,7 +30,8 @@ pub async fn rekey_state(
     confirm: Confirm<'_>,
     report: &mut dyn Report,
 ) -> Result<Done, Stop> {
-    let allow = Allow { rekey: true, ..Allow::default() };
+    let replay = loaded.job.sink.on_rollback == OnRollback::Replay;
+    let allow = Allow { rekey: true, replay, ..Allow::default() };
     let prepared = prepare(loaded, options, allow).await?;
     let record = need_record(&prepared, options)?;
     let (job, table) = (&loaded.job, prepared.survey.main_ident.to_string());

@@ -6,6 +6,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
+use uuid::Uuid;
+
 use super::oracles;
 use super::process::{Command, Orders, live, main_ident, side_ident};
 use super::universe::{Event, EventKind, File, Named, Partition, Row, Shared, Universe, WORLD};
@@ -289,7 +291,11 @@ impl Chaos {
             Reason::OtherJob if stop.what.contains("claimed by another ledger") => {
                 take_claim_back(universe, &stop)
             }
-            Reason::KeySpecChanged | Reason::OtherJob => set_job_back(universe),
+            Reason::KeySpecChanged | Reason::OtherJob => {
+                put_followed_back(universe);
+                take_claim_back(universe, &stop);
+                set_job_back(universe);
+            }
             // It was meant, or it was not.
             Reason::TableRolledBack if !self.replay && universe.choose(2) == 0 => {
                 self.replay = true;
@@ -612,6 +618,27 @@ fn set_job_back(universe: &mut Universe) {
     }
 }
 
+/// A person finds the dropped main table again that the late table under its name follows, where another stands in its
+/// place.
+fn put_followed_back(universe: &mut Universe) {
+    let late = universe.tables.get(&side_ident(Role::Late));
+    let Some(mark) = late.and_then(|late| inspect(&late.metadata).expect("a mark of ours")) else { return };
+    if record_to_go_by(universe).is_some_and(|record| record.job_id == mark.job_id) {
+        return;
+    }
+    let main = main_ident();
+    let job_of = |named: &Named| Some(universe.content_of(&named.best).record?.job_id);
+    let is_it =
+        |(ident, named): &(iceberg::TableIdent, Named)| *ident == main && job_of(named) == Some(mark.job_id);
+    let Some(at) = universe.dropped.iter().position(is_it) else { return };
+    let (_, followed) = universe.dropped.swap_remove(at);
+    let followed = Named { metadata: Arc::clone(&followed.best), ..followed };
+    if let Some(other) = universe.tables.insert(main.clone(), followed) {
+        universe.dropped.push((main, other));
+    }
+    universe.hit("person put the main table of a late one back");
+}
+
 /// Most events are on time.
 fn time_of(universe: &mut Universe) -> EventKind {
     match universe.choose(8) {
@@ -722,7 +749,8 @@ fn take_claim_back(universe: &mut Universe, stop: &Stop) {
     for ident in Role::ALL.map(side_ident).into_iter().filter(|ident| stop.what.contains(&ident.to_string()))
     {
         let Some(named) = universe.tables.get_mut(&ident) else { continue };
-        let Some(unclaimed) = named.of_ledgers.get(&record.job_id) else { continue };
+        let earlier = named.of_ledgers.get(&record.job_id).or_else(|| named.of_ledgers.get(&Uuid::nil()));
+        let Some(unclaimed) = earlier else { continue };
         (named.metadata, named.best) = (Arc::clone(unclaimed), Arc::clone(unclaimed));
         universe.hit("person took a claim back");
     }

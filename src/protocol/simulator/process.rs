@@ -274,7 +274,7 @@ fn nothing_to_do(
     let lacks =
         main.is_some_and(|main| (main.0.current_schema().as_struct().fields().len() as i32) < columns);
     let waits = record.active_backfills().next().is_some();
-    read && record.released && !record.owes_side_files() && !lacks && !waits
+    read && record.released && !record.owes_side_tables() && !lacks && !waits
 }
 
 /// Topic partitions whose last record taken is another one now.

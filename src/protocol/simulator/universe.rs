@@ -414,7 +414,9 @@ impl Universe {
         let builder = TableMetadataBuilder::from_table_creation(creation).expect("a plain table");
         let metadata = builder.assign_uuid(uuid).build().expect("a plain table").metadata;
         let metadata = self.edited(&metadata, |_| {});
-        let named = Named { best: Arc::clone(&metadata), metadata, of_ledgers: BTreeMap::new() };
+        // As it was before any ledger marked it.
+        let of_ledgers = BTreeMap::from([(Uuid::nil(), Arc::clone(&metadata))]);
+        let named = Named { best: Arc::clone(&metadata), metadata, of_ledgers };
         self.tables.insert(ident.clone(), named);
         true
     }
