@@ -357,6 +357,13 @@ pub struct IcebergSink {
     pub maintenance: MaintenanceRule,
 }
 
+impl IcebergSink {
+    /// Whether a table that was rolled back is gone on with from its older batch.
+    pub fn replays(&self) -> bool {
+        self.on_rollback == OnRollback::Replay
+    }
+}
+
 /// `maintenance = { ... }`: what a run does by itself so that a table costs the same after months. The rules of age and
 /// size are the table's own properties, under Iceberg's names.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -55,7 +55,6 @@ pub use owner::{Moved, OffsetCommand, describe as describe_jump, move_offsets};
 
 use crate::commit::request::NewLane;
 use crate::counts::Counts;
-use crate::job::OnRollback;
 use crate::job::file::LoadedJob;
 use crate::memory::MemoryPlan;
 use crate::protocol;
@@ -190,7 +189,7 @@ async fn drain(loaded: &LoadedJob, options: &RunOptions, report: &mut dyn Report
 pub fn describe_start(loaded: &LoadedJob, survey: &survey::Survey, job_shown: &str) -> Result<String, Stop> {
     let options = RunOptions { job_shown: job_shown.to_owned(), ..RunOptions::default() };
     survey.refuse_other_schema(&loaded.job)?;
-    let replay = loaded.job.sink.on_rollback == OnRollback::Replay;
+    let replay = loaded.job.sink.replays();
     let allow = start::Allow { replay, ..start::Allow::default() };
     let record = owner::judge(survey, &loaded.job, &options, allow)?;
     Ok(match record {

@@ -18,22 +18,7 @@ from pyiceberg.exceptions import NoSuchTableError
 
 import events
 from limit import measured
-from shared import (
-    PARTITIONS,
-    TABLE,
-    Job,
-    broker_in,
-    bytes_of,
-    days_ago,
-    files_of,
-    fill_topic,
-    good,
-    job_of,
-    options,
-    rates,
-    run_command,
-    say,
-)  # fmt: skip
+from shared import TABLE, TOPIC, Job, days_ago, drained, figure_of, good, job_of, options, run_of, say, topic_of
 
 # between two looks at the table from outside, until it has rows: each costs a processor some milliseconds
 VISIBLE_EVERY_SECONDS = 0.05
@@ -79,45 +64,38 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of drain and run")
     parser.add_argument("--drain", required=True, help="the program that only drains; benches/run builds it")
     asked = parser.parse_args()
-    limit_bytes = bytes_of(asked.memory)
     # no table before: the share of far repeats repeats events of the topic
     stream = events.Stream(int(asked.events), table_keys=0, begin_ms=days_ago(), far_percent=0, near_percent=6)
     rounds: list[dict[str, Any]] = []
-    with broker_in(asked.folder) as (folder, broker):
-        fill_topic(broker, "events", PARTITIONS, stream, asked.compression)
+    with topic_of(stream, asked) as (folder, broker, _):
         for number in range(asked.rounds):
             before = cpu_seconds_of(broker.pid)
-            drain = good("drain", measured([asked.drain, broker.bootstrap, "events"]))
+            drain = good("drain", measured([asked.drain, broker.bootstrap, TOPIC]))
             between = cpu_seconds_of(broker.pid)
-            job = job_of(folder, f"round{number}", broker.bootstrap, "events", asked.memory)
+            job = job_of(folder, f"round{number}", broker.bootstrap, asked.memory)
             first = FirstRows(job)
-            run = good("run", measured(run_command(job), limit_bytes, first.look))
+            run = good("run", run_of(job, asked.memory, beside=first.look))
             after = cpu_seconds_of(broker.pid)
             million = stream.events / 1e6
-            files = files_of(job)
             rounds.append(
                 {
                     "drain_events_per_second": round(stream.events / drain.seconds),
                     "drain_cpu_seconds_per_million": round((drain.cpu_seconds + between - before) / million, 3),
-                    **rates(run, stream),
+                    **drained(job, run, stream),
                     "run_cpu_seconds_per_million_with_broker": round((run.cpu_seconds + after - between) / million, 3),
                     "share_of_drain": round(drain.seconds / run.seconds, 3),
                     "first_rows_seconds": first.seconds,
-                    "batches": run.events[-1]["batches"],
-                    "files": len(files),
-                    "checked": events.check(files, stream, with_table=False),
                 }
             )
             say(f"round {number + 1}: {rounds[-1]}")
         early: list[float | None] = []
         for number in range(asked.rounds):
-            job = job_of(folder, f"early{number}", broker.bootstrap, "events", asked.memory)
+            job = job_of(folder, f"early{number}", broker.bootstrap, asked.memory)
             first = FirstRows(job)
-            good("run", measured(run_command(job, *EARLY), limit_bytes, first.look))
+            good("run", run_of(job, asked.memory, *EARLY, beside=first.look))
             early.append(first.seconds)
     result = {
-        "figure": "end_to_end", "events": stream.events, "memory": asked.memory, "near_repeats": 0.06,
-        "topic": {"partitions": PARTITIONS, "compression": asked.compression},
+        **figure_of("end_to_end", stream, asked),
         "share_of_drain_median": statistics.median(one["share_of_drain"] for one in rounds),
         "first_rows_seconds": {"as_the_job_stands": [one["first_rows_seconds"] for one in rounds], " ".join(EARLY): early},
         "rounds": rounds,

@@ -11,21 +11,7 @@ import json
 from typing import Any
 
 import events
-from limit import measured
-from shared import (
-    PARTITIONS,
-    broker_in,
-    bytes_of,
-    days_ago,
-    files_of,
-    fill_topic,
-    good,
-    job_of,
-    options,
-    rates,
-    run_command,
-    say,
-)  # fmt: skip
+from shared import days_ago, drained, event_of, figure_of, good, job_of, options, run_of, say, topic_of
 
 TENTHS = 10
 # event times of the whole stream are spread over so many days, the last of which is yesterday
@@ -62,24 +48,17 @@ def main() -> None:
         int(asked.events), 0, days_ago(events.TABLE_DAYS + SPAN_DAYS + 1), far_percent=2, near_percent=4,
         span_ms=SPAN_DAYS * events.DAY_MS,
     )  # fmt: skip
-    with broker_in(asked.folder) as (folder, broker):
-        fill_topic(broker, "events", PARTITIONS, stream, asked.compression)
+    with topic_of(stream, asked) as (folder, broker, _):
         batch = {"max_records": int(asked.batch)}
-        job = job_of(folder, "life", broker.bootstrap, "events", asked.memory, microbatch=batch)
-        run = good("run", measured(run_command(job, "--profile"), bytes_of(asked.memory)))
+        job = job_of(folder, "life", broker.bootstrap, asked.memory, microbatch=batch)
+        run = good("run", run_of(job, asked.memory, "--profile"))
         say(f"run: {run.seconds:.1f} s")
-        files = files_of(job)
-        found = events.check(files, stream, with_table=False)
+        figures = drained(job, run, stream)
     by_tenth = tenths(run.events, stream.events)
-    of = {line["event"]: line for line in run.events}
     result = {
-        "figure": "life", "events": stream.events, "memory": asked.memory, "batch": int(asked.batch),
-        "topic": {"partitions": PARTITIONS, "compression": asked.compression},
-        "far_repeats": stream.far_percent / 100, "near_repeats": stream.near_percent / 100,
-        **rates(run, stream), "tenths_events_per_second": by_tenth,
-        "last_against_first": round(by_tenth[-1] / by_tenth[0], 3),
-        "batches": of["done"]["batches"], "files": len(files), "state_bytes": of["done"]["state_bytes"],
-        "limited_by": of.get("profile", {}).get("limited_by"), "checked": found,
+        **figure_of("life", stream, asked), "batch": int(asked.batch), **figures,
+        "tenths_events_per_second": by_tenth, "last_against_first": round(by_tenth[-1] / by_tenth[0], 3),
+        "state_bytes": event_of(run, "done")["state_bytes"], "limited_by": event_of(run, "profile").get("limited_by"),
     }  # fmt: skip
     print(json.dumps(result))
 

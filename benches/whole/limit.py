@@ -16,6 +16,8 @@ VERSION_1 = Path("/sys/fs/cgroup/memory")
 VERSION_2 = Path("/sys/fs/cgroup")
 # between two looks at a process's peak; the peak itself misses nothing but what rises after the last look
 LOOK_EVERY_SECONDS = 0.02
+# what `Measured.limit` says of a command that nothing limits
+NO_LIMIT = "none"
 
 
 @dataclass
@@ -73,7 +75,7 @@ def measured(
         said_of_errors.seek(0)
         out, err = printed.read(), said_of_errors.read()
     lines = _stamped(out, [*marks, (seconds, len(out.encode()))])
-    said = f"cgroup of {limit_bytes} bytes" if folder else "none"
+    said = f"cgroup of {limit_bytes} bytes" if folder else NO_LIMIT
     cpu_seconds = usage.ru_utime + usage.ru_stime
     return Measured(child.returncode, seconds, cpu_seconds, peak_rss_bytes, said, lines, err)
 

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import events
-from limit import measured
+from limit import NO_LIMIT
 from shared import (
     PARTITIONS,
     TABLE,
     broker_in,
     bytes_of,
     days_ago,
-    files_of,
+    drained,
     fill_topic,
     job_of,
     options,
     rates,
-    run_command,
+    run_of,
     say,
 )
 
@@ -70,14 +70,13 @@ def log_bytes(broker_folder: Path, topic: str) -> int:
 def row_of(folder: Path, bootstrap: str, name: str, load: Load, memory: str) -> dict[str, Any]:
     """One run under one number. A run that fails is a row too."""
     most = bytes_of(memory)
-    job = job_of(folder, name, bootstrap, name, f"{most >> 20} MiB", **load.job)
-    run = measured(run_command(job), most)
+    job = job_of(folder, name, bootstrap, f"{most >> 20} MiB", topic=name, **load.job)
+    run = run_of(job, memory)
     row = {"load": name, "memory": memory, "exit_code": run.exit_code, **rates(run, load.stream)}
-    row["within"] = run.peak_rss_bytes <= most
+    # a run that nothing limits shows half of it
+    row["within"] = run.limit != NO_LIMIT and run.peak_rss_bytes <= most
     if run.exit_code == 0:
-        summary, files = run.events[-1], files_of(job)
-        row |= {"batches": summary["batches"], "files": len(files)}
-        row["checked"] = events.check(files, load.stream, with_table=False)
+        row |= drained(job, run, load.stream)
     else:
         row |= {"last_line": run.events[-1:], "stderr": run.stderr[-1000:]}
     say(f"{name} in {memory}: {row}")

@@ -17,36 +17,32 @@ from typing import Any
 import events
 from limit import measured
 from shared import (
-    PARTITIONS,
     TABLE,
     Job,
     binary,
-    broker_in,
     bytes_of,
     days_ago,
-    files_of,
-    fill_topic,
+    drained,
+    event_of,
+    figure_of,
     good,
     job_of,
     options,
-    rates,
-    run_command,
+    run_of,
     say,
+    topic_of,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 
 
-def drained(job: Job, stream: events.Stream, limit_bytes: int, with_table: bool) -> dict[str, Any]:
+def run_on(job: Job, stream: events.Stream, with_table: bool) -> dict[str, Any]:
     """A drain under the limit, checked by DuckDB, as figures."""
-    run = good("run", measured(run_command(job), limit_bytes))
-    summary = run.events[-1]
+    run = good("run", run_of(job, job.memory))
+    summary = event_of(run, "done")
     say(f"run: {run.seconds:.1f} s, {summary['counts']}")
-    found = events.check(files_of(job), stream, with_table)
-    return {
-        **rates(run, stream), "batches": summary["batches"], "counts": summary["counts"],
-        "state_bytes": summary.get("state_bytes", 0), "checked": found,
-    }  # fmt: skip
+    figures = drained(job, run, stream, with_table)
+    return figures | {"counts": summary["counts"], "state_bytes": summary.get("state_bytes", 0)}
 
 
 def plain_set(keys: int, limit: str) -> dict[str, Any] | None:
@@ -64,28 +60,22 @@ def main() -> None:
     parser = options("oom", __doc__, 1e7, "256 MiB")
     parser.add_argument("--keys", type=float, default=1e8, help="rows of the table before the run")
     asked = parser.parse_args()
-    limit_bytes = bytes_of(asked.memory)
     stream = events.Stream(events=int(asked.events), table_keys=int(asked.keys), begin_ms=days_ago())
-    result: dict[str, Any] = {
-        "figure": "oom", "table_keys": stream.table_keys, "events": stream.events, "memory": asked.memory,
-        "topic": {"partitions": PARTITIONS, "compression": asked.compression},
-        "far_repeats": stream.far_percent / 100, "near_repeats": stream.near_percent / 100,
-    }  # fmt: skip
-    with broker_in(asked.folder) as (folder, broker):
-        fill_topic(broker, "events", PARTITIONS, stream, asked.compression)
-        empty = job_of(folder, "empty", broker.bootstrap, "events", asked.memory)
-        result["on_empty_state"] = drained(empty, stream, limit_bytes, with_table=False)
-        full = job_of(folder, "full", broker.bootstrap, "events", asked.memory)
+    result = {**figure_of("oom", stream, asked), "table_keys": stream.table_keys}
+    with topic_of(stream, asked) as (folder, broker, _):
+        empty = job_of(folder, "empty", broker.bootstrap, asked.memory)
+        result["on_empty_state"] = run_on(empty, stream, with_table=False)
+        full = job_of(folder, "full", broker.bootstrap, asked.memory)
         begun = time.monotonic()
         events.fill_table(full.open_catalog(), TABLE, stream)
         say(f"table: {stream.table_keys} rows of another tool after {time.monotonic() - begun:.0f} s")
         adopt = good(
             "adopt-rows",
-            measured([str(binary()), "state", "adopt-rows", str(full.path), "--yes", "--json"], limit_bytes),
+            measured([str(binary()), "state", "adopt-rows", str(full.path), "--yes", "--json"], bytes_of(asked.memory)),
         )
         say(f"adopt-rows: {adopt.seconds:.1f} s")
         result["adopt_rows"] = {**adopt.figures(), "keys_per_second": round(stream.table_keys / adopt.seconds)}
-        result["on_full_state"] = drained(full, stream, limit_bytes, with_table=True)
+        result["on_full_state"] = run_on(full, stream, with_table=True)
     per_second = [result[name]["events_per_second"] for name in ("on_full_state", "on_empty_state")]
     result["full_against_empty"] = round(per_second[0] / per_second[1], 3)
     result["plain_set"] = plain_set(stream.table_keys, asked.memory)

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests"), str(HERE.parents[1] /
 
 import events  # noqa: E402
 from job import Job, binary  # noqa: E402
-from limit import Measured  # noqa: E402
+from limit import Measured, measured  # noqa: E402
 from services import Broker  # noqa: E402
 
 PARTITIONS = 4
+TOPIC = "events"
 TABLE = "events.notifications"
 SAID_MAX = 3000
 # days of the window before today in which events of a stream begin
@@ -86,7 +87,23 @@ def fill_topic(broker: Broker, topic: str, partitions: int, stream: events.Strea
     return payload_bytes
 
 
-def job_of(folder: Path, name: str, bootstrap: str, topic: str, memory: str, **more: Any) -> Job:
+@contextmanager
+def topic_of(stream: events.Stream, asked: argparse.Namespace) -> Iterator[tuple[Path, Broker, int]]:
+    """A working folder, a broker that has the stream in its only topic, and the bytes of its payloads."""
+    with broker_in(asked.folder) as (folder, broker):
+        yield folder, broker, fill_topic(broker, TOPIC, PARTITIONS, stream, asked.compression)
+
+
+def figure_of(name: str, stream: events.Stream, asked: argparse.Namespace) -> dict[str, Any]:
+    """How the result of a bench on [`topic_of`] begins."""
+    return {
+        "figure": name, "events": stream.events, "memory": asked.memory,
+        "far_repeats": stream.far_percent / 100, "near_repeats": stream.near_percent / 100,
+        "topic": {"partitions": PARTITIONS, "compression": asked.compression},
+    }  # fmt: skip
+
+
+def job_of(folder: Path, name: str, bootstrap: str, memory: str, topic: str = TOPIC, **more: Any) -> Job:
     """A job on the topic with a table and a state of its own."""
     decode = {"arrays": "dead_letter", **more.pop("decode", {})}
     return Job(
@@ -95,9 +112,16 @@ def job_of(folder: Path, name: str, bootstrap: str, topic: str, memory: str, **m
     )  # fmt: skip
 
 
-def run_command(job: Job, *words: str, program: Path | None = None) -> list[str]:
-    """One drain of the job by a program; by default the one under test."""
-    return [str(program or binary()), "run", str(job.path), "--json", *words]
+def run_of(
+    job: Job,
+    memory: str,
+    *words: str,
+    program: Path | None = None,
+    beside: Callable[[Callable[[], float]], None] | None = None,
+) -> Measured:
+    """One drain of the job by a program, by default the one under test, under a hard limit."""
+    command = [str(program or binary()), "run", str(job.path), "--json", *words]
+    return measured(command, bytes_of(memory), beside)
 
 
 def files_of(job: Job) -> list[str]:
@@ -112,3 +136,17 @@ def rates(run: Measured, stream: events.Stream) -> dict[str, Any]:
         **run.figures(), "events_per_second": round(stream.events / run.seconds),
         "cpu_seconds_per_million_events": round(run.cpu_seconds / stream.events * 1e6, 3),
     }  # fmt: skip
+
+
+def drained(job: Job, run: Measured, stream: events.Stream, with_table: bool = False) -> dict[str, Any]:
+    """What a run that ended well cost, and what DuckDB says of all rows."""
+    summary, files = event_of(run, "done"), files_of(job)
+    return {
+        **rates(run, stream), "batches": summary["batches"], "files": len(files),
+        "checked": events.check(files, stream, with_table),
+    }  # fmt: skip
+
+
+def event_of(run: Measured, name: str) -> dict[str, Any]:
+    """The last line of this kind that a run printed; empty if there is none."""
+    return next((line for line in reversed(run.events) if line["event"] == name), {})

@@ -17,22 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import events
-from limit import measured
-from shared import (
-    PARTITIONS,
-    binary,
-    broker_in,
-    bytes_of,
-    days_ago,
-    files_of,
-    fill_topic,
-    good,
-    job_of,
-    options,
-    rates,
-    run_command,
-    say,
-)  # fmt: skip
+from shared import binary, days_ago, drained, event_of, figure_of, good, job_of, options, run_of, say, topic_of
 
 # beside its payload, as the program reckons
 PROBE_RECORD_BYTES = 256
@@ -51,15 +36,12 @@ class Way:
 
 def once(way: Way, folder: Path, bootstrap: str, stream: events.Stream) -> dict[str, Any]:
     """One run, checked. Its table and state do not outlive it: the next run begins like this one."""
-    job = job_of(folder, "turn", bootstrap, "events", way.memory)
-    command = run_command(job, *way.words, program=way.program)
-    run = good(way.name, measured(command, bytes_of(way.memory)))
-    of = {line["event"]: line for line in run.events}
-    checked = events.check(files_of(job), stream, with_table=False)
+    job = job_of(folder, "turn", bootstrap, way.memory)
+    run = good(way.name, run_of(job, way.memory, *way.words, program=way.program))
+    figures = {"way": way.name, **drained(job, run, stream)}
     shutil.rmtree(job.folder)
-    figures = {"way": way.name, **rates(run, stream), "batches": of["done"]["batches"], "checked": checked}
     say(f"{figures}")
-    return figures | {"memory_split": of["start"]["memory"]}
+    return figures | {"memory_split": event_of(run, "start")["memory"]}
 
 
 def probe_records(split: str, payload_bytes: int) -> int:
@@ -101,16 +83,14 @@ def main() -> None:
     }[kind]()
     stream = events.Stream(int(asked.events), 0, days_ago(), far_percent=0, near_percent=6)
     runs: list[dict[str, Any]] = []
-    with broker_in(asked.folder) as (folder, broker):
-        payload_bytes = fill_topic(broker, "events", PARTITIONS, stream, asked.compression)
+    with topic_of(stream, asked) as (folder, broker, payload_bytes):
         for number in range(asked.pairs):
             for way in ways if number % 2 == 0 else reversed(ways):
                 runs.append(once(way, folder, broker.bootstrap, stream))
     sides = [[run for run in runs if run["way"] == way.name] for way in ways]
     ratios = {name: [round(one[name] / other[name], 3) for one, other in zip(*sides, strict=True)] for name in RATIOS}
     result = {
-        "figure": kind, "events": stream.events, "ways": [way.name for way in ways],
-        "topic": {"partitions": PARTITIONS, "compression": asked.compression}, "set": asked.set,
+        **figure_of(kind, stream, asked), "ways": [way.name for way in ways], "set": asked.set,
         **{f"{name}_ratio_median": statistics.median(of) for name, of in ratios.items()},
         "ratios": ratios, "runs": runs,
     }  # fmt: skip

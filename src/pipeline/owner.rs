@@ -18,8 +18,8 @@ use crate::commit::ledger::{Cursor, Jump, Kind, LIVE_LANE, LedgerRecord, Others}
 use crate::commit::lock::StateLock;
 use crate::commit::side::Role;
 use crate::decode::Decoder;
+use crate::job::Job;
 use crate::job::file::LoadedJob;
-use crate::job::{Job, OnRollback};
 use crate::memory::MemoryPlan;
 use crate::mutant;
 use crate::offset::{NextOffset, TopicId, TopicPartition};
@@ -254,7 +254,7 @@ pub async fn move_offsets(
 ) -> Result<Moved, Stop> {
     // Side files are given up whatever became of the log: `rebase-offsets` is refused until they are.
     let gives_up = command == OffsetCommand::AcceptLoss;
-    let replay = loaded.job.sink.on_rollback == OnRollback::Replay;
+    let replay = loaded.job.sink.replays();
     let allow = Allow { rebase: true, lost_files: gives_up, lost_list: gives_up, replay, ..Allow::default() };
     let prepared = prepare(loaded, options, allow).await?;
     let Some(record) = prepared.record.clone() else {

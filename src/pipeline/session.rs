@@ -22,7 +22,7 @@ use crate::commit::side::Role;
 use crate::counts::Counts;
 use crate::decode::Decoder;
 use crate::job::file::LoadedJob;
-use crate::job::{ColumnSource, Job, OnRollback};
+use crate::job::{ColumnSource, Job};
 use crate::memory::MemoryPlan;
 use crate::offset::TopicPartition;
 use crate::protocol;
@@ -75,7 +75,7 @@ impl<'a> Session<'a> {
         let allow = Allow {
             ignore_rows: options.ignore_rows,
             trust_ledger: options.trust_ledger,
-            replay: loaded.job.sink.on_rollback == OnRollback::Replay,
+            replay: loaded.job.sink.replays(),
             ..Allow::default()
         };
         let prepared = prepare(loaded, options, allow).await?;

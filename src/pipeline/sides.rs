@@ -41,7 +41,6 @@ use super::{RunOptions, late, stops};
 use crate::commit::ledger::{Change, LIVE_LANE, Lane, LedgerRecord, SideRecord, Tail};
 use crate::commit::side::Role;
 use crate::decode::{Decoded, Decoder};
-use crate::job::OnRollback;
 use crate::job::file::LoadedJob;
 use crate::letter::DeadLetter;
 use crate::memory::MemoryPlan;
@@ -146,7 +145,7 @@ pub(super) async fn accept_loss(owner: &mut Owner<'_>, asked: &[SideLoss]) -> Re
 /// # Errors
 /// The [`Stop`] of the start table; `SIDE_FILES_LOST` if they can not be had exactly as they were, with the reason.
 pub async fn reread(loaded: &LoadedJob, options: &RunOptions, confirm: Confirm<'_>) -> Result<Reread, Stop> {
-    let replay = loaded.job.sink.on_rollback == OnRollback::Replay;
+    let replay = loaded.job.sink.replays();
     let allow = Allow { loss: true, lost_files: true, lost_list: true, replay, ..Allow::default() };
     let prepared = prepare(loaded, options, allow).await?;
     let record = need_record(&prepared, options)?;

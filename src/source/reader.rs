@@ -64,8 +64,8 @@ const RANGE_TIME_MAX: Duration = Duration::from_secs(10);
 pub struct ReaderOptions {
     /// Whether headers are copied. Parsing them costs allocations per record.
     pub headers: bool,
-    /// How long a topic partition may be silent, counted while [`Reader::read`] runs, and, while others are not, a quarter of a
-    /// second longer for each other one of the plan. All of them: in [`Reader::verify_tails`] too.
+    /// How long a topic partition may be silent, counted while [`Reader::read`] runs; while others are not, it may be a quarter
+    /// of a second longer for each other one of the plan.
     pub stall_after: Duration,
     /// Into how many equal parts the memory of the client's queues is divided; this reader takes one. At least 1.
     pub queue_parts: u32,
@@ -248,15 +248,14 @@ impl Reader {
     ///
     /// # Errors
     /// [`SourceError::TailDiffers`] lists every topic partition whose record differs; [`SourceError::Stalled`] if `timeout`
-    /// passes in which none was compared; otherwise as [`Reader::read`].
+    /// passes in which none moved; otherwise as [`Reader::read`].
     pub fn verify_tails(&mut self, timeout: Duration) -> Result<(), SourceError> {
         self.ensure_client()?;
-        // Of the one compared last: where they are many, they stand in a line.
-        let (mut compared_at, mut left_before) = (Instant::now(), usize::MAX);
+        let begun = self.time_read;
         // By name: who meets a new client on the way is compared twice.
         let mut differing = BTreeMap::new();
         loop {
-            let (mut waiting, mut left) = (None, 0);
+            let mut waiting = None;
             for index in 0..self.slots.len() {
                 if self.slots[index].unchecked.is_none() {
                     continue;
@@ -271,15 +270,13 @@ impl Reader {
                     Err(fault) => self.resolve(index, fault)?,
                 }
                 if self.slots[index].unchecked.is_some() {
-                    (waiting, left) = (Some(index), left + 1);
+                    waiting = Some(index);
                 }
             }
             let Some(index) = waiting else { break };
-            // Below all that were left before: a new client compares some again, and that is no progress.
-            if left < left_before {
-                (compared_at, left_before) = (Instant::now(), left);
-            }
-            let silent = compared_at.elapsed();
+            // Since any of them moved: where they are many, they stand in a line.
+            let moved_at = self.slots.iter().map(|slot| slot.moved_at).fold(begun, Duration::max);
+            let silent = self.time_read.saturating_sub(moved_at);
             if silent >= timeout {
                 return Err(self.stalled(index, silent));
             }

@@ -6,7 +6,6 @@ use super::{AtWork, Confirm, Done, need_record};
 use crate::commit::ledger::LedgerRecord;
 use crate::dedup::{self, FLOOR_BUCKETS};
 use crate::event_time::EventTimeMs;
-use crate::job::OnRollback;
 use crate::job::file::LoadedJob;
 use crate::pipeline::RunOptions;
 use crate::pipeline::owner::{Owner, prepare};
@@ -30,7 +29,7 @@ pub async fn rekey_state(
     confirm: Confirm<'_>,
     report: &mut dyn Report,
 ) -> Result<Done, Stop> {
-    let replay = loaded.job.sink.on_rollback == OnRollback::Replay;
+    let replay = loaded.job.sink.replays();
     let allow = Allow { rekey: true, replay, ..Allow::default() };
     let prepared = prepare(loaded, options, allow).await?;
     let record = need_record(&prepared, options)?;

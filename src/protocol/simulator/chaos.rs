@@ -291,7 +291,8 @@ impl Chaos {
             Reason::OtherJob if stop.what.contains("claimed by another ledger") => {
                 take_claim_back(universe, &stop)
             }
-            Reason::KeySpecChanged | Reason::OtherJob => {
+            Reason::KeySpecChanged => set_job_back(universe),
+            Reason::OtherJob => {
                 put_followed_back(universe);
                 take_claim_back(universe, &stop);
                 set_job_back(universe);
