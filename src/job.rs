@@ -75,7 +75,7 @@ pub struct Job {
     pub name: String,
     /// Hard limit of the process, in bytes.
     pub memory_bytes: u64,
-    /// Threads that work on records side by side. With one nothing is read ahead.
+    /// Threads that work on records side by side. With one nothing is read ahead and nothing written beside.
     pub threads: NonZeroUsize,
     /// Folder of lock and dedup state. Disposable: rebuilt from the tables. A relative path starts at the current
     /// working directory of the process, not at the job file.

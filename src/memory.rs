@@ -18,6 +18,8 @@ pub const MEMORY_BYTES_MIN: u64 = 256 << 20;
 const PROBE_RECORD_BYTES: u64 = 256;
 /// Most bytes of columns and letters that a byte of payload becomes.
 const DECODED_BYTES_PER_PAYLOAD_BYTE: u64 = 4;
+/// Such a part of decode's share is the most that rows take which the writer has and the run is done with.
+const ROWS_BESIDE_PART: u64 = 3;
 /// A probe batch of less than such a part of the largest one is not read ahead: each has its cost.
 const AHEAD_PART_MIN: u64 = 4;
 
@@ -35,7 +37,8 @@ pub struct MemoryPlan {
     pub client_queue: u64,
     /// Raw bytes of one probe batch: of the one in work until it is judged, then of the one that is read meanwhile.
     pub records: u64,
-    /// Arrow columns and dead letters of a probe batch, or of one in work and one that is read meanwhile.
+    /// Arrow columns and dead letters of a probe batch: of one in work, one that is read meanwhile, and those before it whose rows
+    /// are still with their writer.
     pub decode: u64,
     /// Pinned filters, pages, and keys of the open microbatch.
     pub dedup: u64,
@@ -86,9 +89,19 @@ impl MemoryPlan {
     /// what that leaves of decode's share, whatever the records are. `None` where that is not worth it. The records lie
     /// where those of the other one lay.
     pub fn ahead_payload_bytes_max(&self, held_bytes: u64) -> Option<u64> {
-        let left = self.decode.saturating_sub(held_bytes) / DECODED_BYTES_PER_PAYLOAD_BYTE;
-        let bytes = left.min(self.probe_payload_bytes_max());
+        let bytes = self.payload_bytes_beside(held_bytes);
         (bytes >= self.probe_payload_bytes_max() / AHEAD_PART_MIN).then_some(bytes)
+    }
+
+    /// Most payload of a probe batch that finds so much of decode's share taken.
+    pub fn payload_bytes_beside(&self, held_bytes: u64) -> u64 {
+        let left = self.decode.saturating_sub(held_bytes) / DECODED_BYTES_PER_PAYLOAD_BYTE;
+        left.min(self.probe_payload_bytes_max())
+    }
+
+    /// Most bytes of rows that are with their writer while the run goes on, so that much is left for the next probe batch.
+    pub fn rows_beside_bytes_max(&self) -> u64 {
+        self.decode / ROWS_BESIDE_PART
     }
 
     /// Most records of so much payload: each costs a head, a place and a verdict beside its bytes.
@@ -177,6 +190,25 @@ mod tests {
             payload = plan.ahead_payload_bytes_max(held).unwrap();
         }
         assert!(payload > largest / 2, "{payload} of {largest}");
+    }
+
+    #[test]
+    fn rows_with_their_writer_leave_room_for_a_probe_batch_and_one_that_is_read_beside_it() {
+        let plan = MemoryPlan::divide(MEMORY_BYTES_MIN).unwrap();
+        let largest = plan.probe_payload_bytes_max();
+        assert_eq!(plan.payload_bytes_beside(0), largest);
+        let beside = plan.rows_beside_bytes_max();
+        let inline = plan.payload_bytes_beside(beside);
+        assert!(beside + inline * DECODED_BYTES_PER_PAYLOAD_BYTE <= plan.decode);
+        // Events of 300 bytes whose columns take as much: two probe batches of them may be with the writer.
+        let mut payload = inline / 2;
+        for _ in 0..20 {
+            let rows = payload / 300;
+            let held = plan.held_bytes(rows * 300, usize::try_from(rows).unwrap());
+            assert!(rows * 300 * 2 <= beside, "{rows} rows");
+            payload = plan.ahead_payload_bytes_max(held + beside).unwrap();
+        }
+        assert!(payload > largest / 3, "{payload} of {largest}");
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub mod survey;
 mod trouble;
 mod watch;
 pub(crate) mod world;
+mod writing;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

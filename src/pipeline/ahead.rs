@@ -3,7 +3,7 @@
 //!
 //! Flow: live reader -> that thread { chunk -> decoder } -> [`Ahead`] with the reader -> the next [`Session::next_chunk`]
 //!
-//! The thread reads until the chunk is full, or the run wants it. What is not full then is read on by the run itself, under
+//! The thread reads until the chunk is full, or the run wants it and it is not full soon. That is read on by the run itself, under
 //! the rules by which a microbatch closes, so that these know nothing of reading ahead. What was read and does not belong to
 //! the open microbatch is the first of the next one.
 //!
@@ -21,8 +21,9 @@
 //! not fit in memory is looked up in probe batches as large as memory allows, so that nothing is read beside those; a commit has
 //! room for it.
 //!
-//! Bounds: one probe batch, so small that it fits into what the one in work leaves of decode's share whatever its records are;
-//! its bytes lie in the buffer of the one before. It delays the run by a turn of the reader and what is left of decoding.
+//! Bounds: one probe batch, so small that it fits into what the one in work, and rows that are with their writer, leave of
+//! decode's share whatever its records are; its bytes lie in the buffer of the one before. It delays the run by a turn of the
+//! reader, or by a few where that fills the chunk, and what is left of decoding.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,6 +46,8 @@ use crate::stop::Stop;
 
 /// Longest wait for records before it is looked whether the run wants what is there.
 const READ_TURN: Duration = Duration::from_millis(10);
+/// Where the run wants a chunk that is not full, it is filled on if it is full after so many turns like the last one.
+const TURNS_TO_FILL: usize = 8;
 /// Name of the thread, in lists of threads.
 const THREAD_NAME: &str = "read-ahead";
 
@@ -201,13 +204,15 @@ fn read(order: Order, decoder: &mut Decoder, is_wanted: &AtomicBool, profile: &P
     let (mut since, mut fault) = (None, None);
     let is_whole = loop {
         let turn = ReadLimits { deadline: Instant::now() + READ_TURN, ..limits };
+        let before = (chunk.len(), chunk.payload_bytes());
         let status = profile.beside(Stage::Fetch, || reader.read(&mut chunk, turn));
         if since.is_none() && !chunk.is_empty() {
             since = Some(Instant::now());
         }
         match status {
             Ok(ReadStatus::Full | ReadStatus::Exhausted) => break true,
-            Ok(ReadStatus::DeadlinePassed) if !is_wanted.load(Ordering::Relaxed) => {}
+            Ok(ReadStatus::DeadlinePassed)
+                if !is_wanted.load(Ordering::Relaxed) || is_soon_full(&chunk, before, limits) => {}
             Ok(ReadStatus::DeadlinePassed) => break false,
             Err(error) => {
                 fault = Some(error);
@@ -221,13 +226,35 @@ fn read(order: Order, decoder: &mut Decoder, is_wanted: &AtomicBool, profile: &P
     Done { reader, chunk, since, decoded, fault }
 }
 
+/// Whether a chunk is full after a few turns more that give as much as the last one. `before` = its records and bytes before it.
+fn is_soon_full(chunk: &RecordChunk, before: (usize, usize), limits: ReadLimits) -> bool {
+    let is_soon = |is: usize, was: usize, most: usize| is + (is - was) * TURNS_TO_FILL >= most;
+    is_soon(chunk.len(), before.0, limits.records_max)
+        || is_soon(chunk.payload_bytes(), before.1, limits.bytes_max)
+}
+
 impl Session<'_> {
+    /// Whether probe batches are read beside the one in work.
+    fn reads_beside_work(&self) -> bool {
+        self.ahead.helper.is_some() && !self.state.store.is_larger_than_memory()
+    }
+
+    /// Bounds of a probe batch that the run reads itself, of a microbatch that may take so much more: it fits into what rows that
+    /// are with their writer leave of decode's share, and leaves room for one to be read beside it.
+    pub(super) fn limits_beside(&self, open: &Open, records_left: u64, bytes_left: u64) -> ReadLimits {
+        let left = self.memory.payload_bytes_beside(open.main.held_bytes());
+        let bytes_max = if self.reads_beside_work() { left / 2 } else { left };
+        let records_max = MemoryPlan::records_max(bytes_max);
+        self.chunk_limits(records_left.min(records_max), bytes_left.min(bytes_max))
+    }
+
     /// Begins to read the probe batch after the one in work, whose rows hold so many bytes and whose records are not needed any
     /// more.
     pub(super) fn read_beside_work(&mut self, open: &Open, held_bytes: u64) {
-        if self.state.store.is_larger_than_memory() || open.is_cut_short() {
+        if !self.reads_beside_work() || open.is_cut_short() {
             return;
         }
+        let held_bytes = held_bytes + open.main.held_bytes();
         let Some(bytes_max) = self.memory.ahead_payload_bytes_max(held_bytes) else { return };
         let (records_left, bytes_left) = match self.room_left(open) {
             Some(left) => left,

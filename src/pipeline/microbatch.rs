@@ -2,9 +2,10 @@
 //!
 //! Flow: [`RecordChunk`] -> rows and letters -> time verdicts -> first-seen rows -> data files -> commit -> side tables
 //!
-//! A microbatch is read in probe batches bounded by the memory plan. Each is judged, probed and written before the next is
-//! judged, so rows never wait for a verdict and memory does not depend on the size of the microbatch, but for its pending
-//! keys, which the memory plan bounds. The next one is read and decoded meanwhile (`ahead`).
+//! A microbatch is read in probe batches bounded by the memory plan. Each is judged, probed and given to its writers before the
+//! next is judged, so rows never wait for a verdict and memory does not depend on the size of the microbatch, but for its
+//! pending keys, which the memory plan bounds. The next one is read and decoded meanwhile (`ahead`), and rows of those before
+//! are encoded (`writing`).
 //!
 //! A batch that ends before its commit was sent leaves nothing: keys are abandoned, files deleted best effort. Once it
 //! was sent, files stay whatever happens.
@@ -30,6 +31,7 @@ use super::session::{Session, complete_since};
 use super::state::KeyState;
 use super::stops;
 use super::world::Outside;
+use super::writing::Writing;
 use crate::commit::ledger::{LIVE_LANE, LedgerRecord, Tail};
 use crate::commit::side::Role;
 use crate::counts::Counts;
@@ -63,7 +65,7 @@ pub(super) struct Open {
     payload_bytes: u64,
     /// When it closes whatever it holds; `None` before its first record.
     due: Option<Instant>,
-    main: TableWriter,
+    pub(super) main: Writing,
     /// Whether the run takes no microbatch after it, as far as is known.
     pub(super) is_last: bool,
     /// Of the side tables that the job has.
@@ -82,10 +84,12 @@ pub(super) struct Open {
 impl Open {
     /// Deletes the files of a microbatch that was never sent, as far as that works.
     pub(super) async fn discard(self) {
-        for writer in std::iter::once(self.main).chain(self.sides.into_values()) {
-            if let Err(error) = writer.abort().await {
-                tracing::warn!(%error, "files of a dropped batch are left to an orphan clean-up");
-            }
+        let mut aborted = vec![self.main.abort().await];
+        for writer in self.sides.into_values() {
+            aborted.push(writer.abort().await);
+        }
+        for error in aborted.into_iter().filter_map(Result::err) {
+            tracing::warn!(%error, "files of a dropped batch are left to an orphan clean-up");
         }
     }
 
@@ -252,7 +256,7 @@ impl Session<'_> {
             TableWriter::new(table, attempt, bytes, key).map_err(|error| unwritten(table, error))
         };
         let state_dir = &self.owner.world.loaded.job.state_dir;
-        let main = writer(&self.owner.main, main_bytes, key)?.waiting_in(state_dir);
+        let main = self.writing.lend(writer(&self.owner.main, main_bytes, key)?.waiting_in(state_dir));
         let mut sides = BTreeMap::new();
         for (role, table) in &self.owner.sides {
             let key: &[String] = if role.holds_keys() { key } else { &[] };
@@ -391,7 +395,7 @@ impl Session<'_> {
             || open.is_cut_short
             || self.is_due(open)
             || self.options.is_ending();
-        (!is_over).then(|| self.chunk_limits(records_left, bytes_left))
+        (!is_over).then(|| self.limits_beside(open, records_left, bytes_left))
     }
 
     /// Records and bytes that the microbatch may take beyond what it has; `None` when it is full.
@@ -539,6 +543,8 @@ impl Session<'_> {
         if missing.is_empty() {
             return Ok(());
         }
+        // They take decode's share.
+        open.main.settle().await;
         let begun = Instant::now();
         let (loan, read) =
             load(&mut self.owner, &self.keys, &self.memory, &self.state.store, &missing, &mut Unheard)

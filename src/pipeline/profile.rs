@@ -3,8 +3,8 @@
 //! Flow: `turn_to` at every change of stage -> `report` at the end
 //!
 //! A run has one line of work that is in exactly one [`Stage`] at any time, so the seconds of its stages add up to those of
-//! the run; what belongs to no stage is a stage of its own. A second line reads ahead beside it: its seconds are counted
-//! apart and add up to nothing.
+//! the run; what belongs to no stage is a stage of its own. A second line reads ahead beside it, and a third one writes: their
+//! seconds are counted apart and add up to nothing.
 //!
 //! Of a stage's seconds the line's own thread worked as long as its processor clock moved; the rest it waited: for the
 //! broker, the disk, the catalog, other threads, or for a processor to run on.
@@ -41,7 +41,7 @@ pub enum Stage {
     ReadAhead,
     /// Times are judged and keys looked up.
     Probe,
-    /// Rows and letters go to data files, which are closed at the cut.
+    /// Rows and letters go to data files, which are closed at the cut. What it waits for is the line that writes beside it, too.
     Write,
     /// The next generation of the dedup state is written.
     State,
@@ -157,7 +157,7 @@ impl Profile {
         STAGES[before].0
     }
 
-    /// Does something that belongs to a stage on the line that reads ahead.
+    /// Does something that belongs to a stage on a line beside that of the run.
     pub(super) fn beside<T>(&self, stage: Stage, work: impl FnOnce() -> T) -> T {
         let (begun, cpu_ns) = (Instant::now(), thread_ns());
         let done = work();
@@ -243,7 +243,7 @@ fn threads_now() -> BTreeMap<u64, (String, f64)> {
 /// What a thread of this name does. The system keeps 15 characters of a name.
 fn group_of(name: &str) -> &str {
     match name {
-        "main" | "read-ahead" => name,
+        "main" | "read-ahead" | "write-files" => name,
         _ if name.starts_with("rdk:") => "kafka client",
         _ if name.starts_with("tokio") => "storage and catalog",
         _ => "lookups and merges",
@@ -300,7 +300,7 @@ pub struct StageTime {
     /// On the run's line, whose seconds add up to those of the run.
     #[serde(flatten)]
     pub line: Time,
-    /// On the line that reads ahead beside it; none = nothing.
+    /// On the lines beside it that read ahead and write; none = nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub beside: Option<Time>,
 }
@@ -350,24 +350,33 @@ pub struct Cause {
     pub waits: bool,
 }
 
-/// The stage that held the line up longest. What the line waited for the one beside it is that line's doing, shared out as its
-/// seconds are. Fetching is two causes: the broker's, and the copy.
+/// The stage that held the line up longest. What the line waited for one beside it is that one's doing, shared out as its seconds
+/// are. Fetching is two causes: the broker's, and the copy.
 fn limit(stages: &[StageTime]) -> (Cause, f64) {
+    let of = |asked: Stage| stages.iter().filter(move |time| time.stage == asked);
+    let awaited: f64 = of(Stage::ReadAhead).map(|time| time.line.seconds()).sum();
+    let reads_ahead = |time: &&StageTime| time.beside.is_some() && time.stage != Stage::Write;
     let ahead: f64 =
-        stages.iter().filter(|time| time.stage == Stage::ReadAhead).map(|time| time.line.seconds()).sum();
-    let beside: f64 = stages.iter().filter_map(|time| time.beside).map(Time::seconds).sum();
-    let factor = if beside > 0.0 { ahead / beside } else { 0.0 };
+        stages.iter().filter(reads_ahead).filter_map(|time| time.beside).map(Time::seconds).sum();
     let mut causes = Vec::new();
-    for time in stages.iter().filter(|time| beside == 0.0 || time.stage != Stage::ReadAhead) {
-        let other = time.beside.unwrap_or_default();
-        let working = time.line.working_seconds + other.working_seconds * factor;
-        let waiting = time.line.waiting_seconds + other.waiting_seconds * factor;
-        let stage = time.stage;
+    for time in stages.iter().filter(|time| ahead == 0.0 || time.stage != Stage::ReadAhead) {
+        let (stage, Time { mut working_seconds, mut waiting_seconds }) = (time.stage, time.line);
+        if let Some(beside) = time.beside.filter(|beside| beside.seconds() > 0.0) {
+            // The line that writes does one thing; what the run waited is its work as far as it worked.
+            let awaited = if stage == Stage::Write {
+                std::mem::take(&mut waiting_seconds)
+            } else {
+                awaited * beside.seconds() / ahead
+            };
+            working_seconds += awaited * beside.working_seconds / beside.seconds();
+            waiting_seconds += awaited * beside.waiting_seconds / beside.seconds();
+        }
         if stage == Stage::Fetch {
-            causes.push((Cause { stage, waits: true }, waiting));
-            causes.push((Cause { stage, waits: false }, working));
+            causes.push((Cause { stage, waits: true }, waiting_seconds));
+            causes.push((Cause { stage, waits: false }, working_seconds));
         } else {
-            causes.push((Cause { stage, waits: waiting > working }, working + waiting));
+            let waits = waiting_seconds > working_seconds;
+            causes.push((Cause { stage, waits }, working_seconds + waiting_seconds));
         }
     }
     let longest = causes.into_iter().max_by(|one, other| one.1.total_cmp(&other.1));
@@ -478,6 +487,21 @@ mod tests {
         assert!((seconds - 2.75).abs() < 1e-9);
         stages[0].beside = Some(Time { working_seconds: 0.5, waiting_seconds: 60.0 });
         assert_eq!(limit(&stages).0, Cause { stage: Stage::Fetch, waits: true });
+    }
+
+    #[test]
+    fn what_the_line_waited_for_the_one_that_writes_is_the_work_of_that_one() {
+        let mut stages = vec![time(Stage::ReadAhead, 0.0, 1.0), time(Stage::Write, 0.5, 3.5)];
+        stages.push(time(Stage::Decode, 0.0, 0.0));
+        stages[2].beside = Some(Time { working_seconds: 9.0, waiting_seconds: 0.0 });
+        assert_eq!(limit(&stages), (Cause { stage: Stage::Write, waits: true }, 4.0));
+        stages[1].beside = Some(Time { working_seconds: 6.0, waiting_seconds: 1.0 });
+        let (cause, seconds) = limit(&stages);
+        assert_eq!(cause, Cause { stage: Stage::Write, waits: false });
+        assert!((seconds - 4.0).abs() < 1e-9, "{seconds}");
+        stages[1].line.waiting_seconds = 0.0;
+        let (cause, seconds) = limit(&stages);
+        assert!(cause.stage == Stage::Decode && (seconds - 1.0).abs() < 1e-9, "{cause:?} {seconds}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::report::{Event, Report, Summary};
 use super::start::Allow;
 use super::state::{Folder, KeyState};
 use super::watch::Watch;
+use super::writing::WriterThread;
 use super::{RunOptions, stops};
 use crate::commit::ledger::{LIVE_LANE, LedgerRecord};
 use crate::commit::side::Role;
@@ -55,6 +56,8 @@ pub(super) struct Session<'a> {
     pub(super) watch: Watch,
     /// What is read before it is asked for.
     pub(super) ahead: ReadingAhead,
+    /// What data files of the main table are written by.
+    pub(super) writing: WriterThread,
 }
 
 /// How an opening ends well.
@@ -107,9 +110,12 @@ impl<'a> Session<'a> {
         });
         let (keys, state) = open_state(&mut owner, &decoder, &memory, report).await?;
         let watch = Watch::new(connection.look_interval(), ends);
-        let ahead = match loaded.job.threads.get() {
-            1 => ReadingAhead::never(),
-            _ => ReadingAhead::with(new_decoder(&loaded.job)?, Arc::clone(&options.profile)),
+        let (ahead, writing) = match loaded.job.threads.get() {
+            1 => (ReadingAhead::never(), WriterThread::never()),
+            _ => (
+                ReadingAhead::with(new_decoder(&loaded.job)?, Arc::clone(&options.profile)),
+                WriterThread::with(memory.rows_beside_bytes_max(), Arc::clone(&options.profile)),
+            ),
         };
         let mut session = Box::new(Self {
             owner,
@@ -127,6 +133,7 @@ impl<'a> Session<'a> {
             maintain_from_sequence: BTreeMap::new(),
             watch,
             ahead,
+            writing,
         });
         session.start_copier(report);
         Ok(Opened::Session(session))
@@ -183,6 +190,7 @@ impl<'a> Session<'a> {
             maintain_from_sequence: BTreeMap::new(),
             watch: Watch::new(None, BTreeMap::new()),
             ahead: ReadingAhead::never(),
+            writing: WriterThread::never(),
         })
     }
 

@@ -1,4 +1,4 @@
-//! Reading ahead changes when things are done, and nothing else; and a profile says where the time went.
+//! Reading ahead and writing beside change when things are done, and nothing else; and a profile says where the time went.
 
 use rdkafka::config::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
@@ -91,6 +91,8 @@ fn microbatches_are_cut_where_they_are_without_reading_ahead() {
         assert_eq!(both_ran.commits, alone_ran.commits, "{cut}");
         assert!(beside(&both_ran.profile, Stage::Decode) > 0.0, "{cut}: nothing was read ahead");
         assert_eq!(beside(&alone_ran.profile, Stage::Fetch), 0.0, "{cut}: one thread reads nothing ahead");
+        assert!(beside(&both_ran.profile, Stage::Write) > 0.0, "{cut}: nothing was written beside");
+        assert_eq!(beside(&alone_ran.profile, Stage::Write), 0.0, "{cut}: one thread writes nothing beside");
         for (job, ran) in [(&alone, &alone_ran), (&both, &both_ran)] {
             let counts = ran.ended.as_ref().unwrap().counts;
             assert_eq!((counts.written, counts.duplicate), (EVENTS / 2, EVENTS / 2), "{cut}");
