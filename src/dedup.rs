@@ -1,6 +1,7 @@
 //! Dedup state on disk: which keys stand in the tables already.
 //!
-//! Flow: keys of a probe batch, in the order of their places -> [`Store::probe`] -> one [`Verdict`] per key; new
+//! Flow: keys of a probe batch, in the order of their places -> [`Store::probe`], or [`Store::gather`] part by part and
+//! [`Store::settle`] -> one [`Verdict`] per key; new
 //! keys become *pending* and are seen by the next probe -> [`Store::prepare`] -> segment and manifest files ->
 //! (the commit of the main table names the [`GenerationRef`]) -> [`Store::publish`], or [`Store::abandon`]
 //!
@@ -34,7 +35,7 @@
 //! Bounds. Memory does not grow with the number of keys on disk: `memory_bytes` covers filters, page indexes and pages
 //! that stay in memory, buffers of reads in flight, recent keys and the buffers of one merge; each further merge that
 //! runs takes up to 4 MiB, and each merge 1.2 MB of decoded keys. Beside it stand about 200 bytes per section (segments times buckets), 11 bytes per 256 pages
-//! (per 130 000 keys: 0.1 MB per billion), 37 bytes per key of the probe batch in work (53 with `same_time`), and the
+//! (per 130 000 keys: 0.1 MB per billion), 21 bytes per key of the probe batch in work ([`ProbeBatch`]), and the
 //! pending keys, which the caller bounds by [`Store::pending_bytes`]. Open files: two per segment, and segments are at
 //! most 15 per tier of eight.
 
@@ -46,6 +47,7 @@ mod disk;
 mod filter;
 #[doc(hidden)]
 pub mod fuzz;
+mod gather;
 mod generation;
 mod inspect;
 mod lookup;
@@ -87,6 +89,7 @@ pub use bucket::{Bucket, BucketTally, Digest, ERAS_MAX, Era, FLOOR_BUCKETS, Tall
 pub use builder::{Builder, RebuildReport};
 #[doc(hidden)]
 pub use filter::FilterAlone;
+pub use gather::{GATHERED_KEY_BYTES, ProbeBatch};
 pub use generation::{
     GenerationInfo, GenerationName, GenerationRef, SweepReport, generation_of_file, is_at_home,
     list_generations, segments_in, segments_of, set_aside, sweep,
@@ -292,6 +295,8 @@ struct Limits {
     merge_read_bytes_max: usize,
     /// One write of a segment's filter or pages.
     write_bytes_max: usize,
+    /// Pending keys whose lists are merged as they come: their copy is counted with them.
+    merged_keys_max: usize,
 }
 
 /// Largest single read or write; 128 to 512 KiB were equal on a virtual disk of 1 GB/s.
@@ -318,6 +323,7 @@ impl Limits {
             recent_keys_max,
             merge_read_bytes_max,
             write_bytes_max,
+            merged_keys_max: (memory / 8 / PENDING_KEY_BYTES) as usize,
         }
     }
 }

@@ -5,7 +5,7 @@
 pub mod file;
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -262,6 +262,8 @@ pub struct Dedup {
     pub beyond_window: BeyondWindow,
     /// What a rebuild does that misses keys which the ledger counts.
     pub on_missing_keys: OnMissingKeys,
+    /// Most rows that are looked up together; `None` = as the size of the state and the memory make it cheapest.
+    pub probe_records_max: Option<NonZeroU64>,
 }
 
 /// `on_missing_keys`.

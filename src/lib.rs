@@ -1,13 +1,14 @@
 //! tidemill: Kafka topics full of repeats become Iceberg tables where each event stands once.
 //!
 //! Flow: [`source`] -> [`decode`] -> [`dedup`] -> [`sink`] -> [`commit`], driven by the one loop in [`pipeline`].
-//! Shared words ([`offset`], [`event_time`], [`fingerprint`], [`record`], [`letter`], [`counts`], [`stop`],
+//! Shared words ([`offset`], [`event_time`], [`fingerprint`], [`record`], [`letter`], [`counts`], [`aside`], [`stop`],
 //! [`job`]) import no stage, and no stage imports another.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
 pub mod allocator;
+pub mod aside;
 pub mod catalog;
 pub mod cli;
 pub mod commit;

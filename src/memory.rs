@@ -20,6 +20,9 @@ const PROBE_RECORD_BYTES: u64 = 256;
 const DECODED_BYTES_PER_PAYLOAD_BYTE: u64 = 4;
 /// Such a part of decode's share is the most that rows take which the writer has and the run is done with.
 const ROWS_BESIDE_PART: u64 = 3;
+/// Bytes that a row takes while it waits on local disk for its verdict: probe 16, bucket 4, place in the order 4, fate and
+/// verdict a byte each, rounded up.
+const GATHERED_ROW_BYTES: u64 = 28;
 /// A probe batch of less than such a part of the largest one is not read ahead: each has its cost.
 const AHEAD_PART_MIN: u64 = 4;
 
@@ -79,6 +82,24 @@ impl MemoryPlan {
         Self::records_max(self.probe_payload_bytes_max())
     }
 
+    /// Most keys that are gathered for one lookup, their rows waiting on local disk, while keys of so many bytes are pending. A
+    /// probe becomes a pending key where it lies, so they share the room of those; up to half of decode's share is theirs too,
+    /// and the chunks that are decoded meanwhile have the rest.
+    pub fn gathered_keys_max(&self, pending_bytes: u64) -> u64 {
+        let room = self.pending_bytes_max().saturating_sub(pending_bytes) + self.gathered_bytes_max();
+        room / GATHERED_ROW_BYTES
+    }
+
+    /// Most bytes of decode's share that keys take which are gathered.
+    pub fn gathered_bytes_max(&self) -> u64 {
+        self.decode / 2
+    }
+
+    /// How much of decode's share is taken where so many bytes of keys are pending or gathered.
+    pub fn gathered_beyond(&self, key_bytes: u64) -> u64 {
+        key_bytes.saturating_sub(self.pending_bytes_max())
+    }
+
     /// What a probe batch holds while it is looked up and written: columns and letters of so many bytes, those that are written
     /// once more, and what stands beside each row.
     pub fn held_bytes(&self, bytes: u64, rows: usize) -> u64 {
@@ -109,7 +130,9 @@ impl MemoryPlan {
         payload_bytes / PROBE_RECORD_BYTES
     }
 
-    /// Most bytes of keys that the open microbatch has accepted; it closes when they are reached.
+    /// Most bytes of keys that the open microbatch has accepted; it closes when they are reached. When they are written they
+    /// take as much again, in the share of the writer, whose files are closed then, and that of rows that wait, of which there
+    /// are none.
     pub fn pending_bytes_max(&self) -> u64 {
         self.dedup / 2
     }
@@ -209,6 +232,31 @@ mod tests {
             payload = plan.ahead_payload_bytes_max(held + beside).unwrap();
         }
         assert!(payload > largest / 3, "{payload} of {largest}");
+    }
+
+    #[test]
+    fn keys_that_are_gathered_fit_while_they_wait_and_while_they_are_written() {
+        for total in [MEMORY_BYTES_MIN, 512 << 20, 1 << 30, 64 << 30] {
+            let plan = MemoryPlan::divide(total).unwrap();
+            for pending_bytes in [0, plan.pending_bytes_max() / 2, plan.pending_bytes_max()] {
+                let keys = plan.gathered_keys_max(pending_bytes);
+                let waiting = pending_bytes + keys * GATHERED_ROW_BYTES;
+                assert!(waiting <= plan.pending_bytes_max() + plan.gathered_bytes_max());
+                // 16 bytes of each stay and are copied once, when no row waits and no file is open
+                let pending = pending_bytes + keys * 16;
+                let room = plan.pending_bytes_max() + plan.gathered_bytes_max() + plan.writer;
+                assert!(2 * pending <= room, "{plan}: {pending}");
+            }
+            let most = plan.gathered_keys_max(0) * GATHERED_ROW_BYTES;
+            let beyond = plan.gathered_beyond(most);
+            assert!(
+                beyond <= plan.gathered_bytes_max() && plan.gathered_beyond(plan.pending_bytes_max()) == 0
+            );
+            let payload = plan.payload_bytes_beside(beyond);
+            assert!(payload * DECODED_BYTES_PER_PAYLOAD_BYTE + beyond <= plan.decode);
+        }
+        let keys = MemoryPlan::divide(512 << 20).unwrap().gathered_keys_max(0);
+        assert!(keys >= 4_000_000, "{keys} in 512 MiB");
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod backfill;
 pub mod commands;
 mod continuous;
 mod copies;
+mod gather;
 pub mod history;
 mod keys;
 mod lanes;

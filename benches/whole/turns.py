@@ -72,8 +72,11 @@ def main() -> None:
     both = tuple(word for one in asked.set for word in ("--set", one))
     ways = {
         "spill": lambda: [
-            Way(name, memory, (*both, "--set", f"microbatch.max_records={int(asked.batch)}"))
-            for name, memory in (("little", asked.memory), ("ample", asked.ample))
+            Way(name, memory, (*both, "--set", f"microbatch.max_records={int(asked.batch)}", *words))
+            for name, memory, words in (
+                ("little", asked.memory, ("--set", f"dedup.max_probe_records={int(asked.batch)}")),
+                ("ample", asked.ample, ()),
+            )
         ],
         "threads": lambda: [Way(f"threads={n}", asked.memory, (*both, "--set", f"threads={n}")) for n in (2, 1)],
         "regression": lambda: [

@@ -89,6 +89,11 @@ impl Ways {
     }
 }
 
+/// What `probes` probes spread evenly over a section cost by the cheaper way that is open to them.
+pub(super) fn seconds(section: &Section, pinned: &Pinned, probes: u64, device: &Device) -> f64 {
+    Ways::of(section, pinned, probes, device).settled().seconds
+}
+
 /// Chooses for `probes` probes spread evenly over a section.
 pub(super) fn choose(section: &Section, pinned: &Pinned, probes: u64, device: &Device) -> Choice {
     let ways = Ways::of(section, pinned, probes, device);

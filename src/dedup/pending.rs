@@ -1,9 +1,11 @@
 //! Pending keys: new in this microbatch, not yet in a segment.
 //!
-//! They lie in sorted runs whose sizes at least double from the newest to the oldest, so a key is moved a
-//! logarithmic number of times and a lookup walks few runs.
+//! They lie in sorted runs. Small ones are merged as they come, so that their sizes at least double from the newest to the
+//! oldest, a key is moved a logarithmic number of times and a lookup walks few runs. Runs above a bound stay as they are until
+//! the keys are written, so that no copy is large while a batch is in work.
 //!
-//! Bounds: 16 bytes per key, and as much again while runs are merged or laid out for writing.
+//! Bounds: 16 bytes per key, and as much again for the runs of one merge. When the keys are written they become one run, which
+//! takes as much again: a microbatch holds no rows and no open file then.
 
 use std::collections::BTreeMap;
 
@@ -19,14 +21,28 @@ use crate::fingerprint::Fingerprint;
 use crate::job::Repeats;
 use crate::mutant;
 
-/// Bytes that a key of the open microbatch takes: its entry, and as much again while lists are merged.
-pub(crate) const PENDING_KEY_BYTES: u64 = size_of::<Entry>() as u64 * 2;
+/// Bytes that a key of the open microbatch takes.
+pub(crate) const PENDING_KEY_BYTES: u64 = size_of::<Entry>() as u64;
 
-/// A key with the ordinal of its bucket in a [`BucketTable`].
+/// A key with the ordinal of its bucket in a [`BucketTable`], in 16 bytes: zeros | fingerprint, 88 bits | ordinal, 32 bits. Of
+/// the size of a [`Probe`], so that probes become entries where they lie.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Entry {
-    pub(super) fingerprint: Fingerprint,
-    pub(super) bucket: u32,
+pub(super) struct Entry(u128);
+
+impl Entry {
+    pub(super) fn new(value: u128, bucket: u32) -> Self {
+        Self(value << 32 | u128::from(bucket))
+    }
+
+    /// The fingerprint, as a number.
+    pub(super) fn value(self) -> u128 {
+        self.0 >> 32
+    }
+
+    /// Ordinal of the bucket.
+    pub(super) fn bucket(self) -> u32 {
+        self.0 as u32
+    }
 }
 
 /// The buckets that keys in memory fall into, by the order of their first key.
@@ -85,20 +101,27 @@ impl BucketTable {
 #[derive(Debug)]
 pub(super) struct Pending {
     repeats: Repeats,
+    /// Most keys of runs that are merged as they come.
+    merged_keys_max: usize,
     pub(super) table: BucketTable,
     runs: Vec<Vec<Entry>>,
 }
 
 impl Pending {
-    pub(super) fn new(repeats: Repeats) -> Self {
-        Self { repeats, table: BucketTable::default(), runs: Vec::new() }
+    pub(super) fn new(repeats: Repeats, merged_keys_max: usize) -> Self {
+        Self { repeats, merged_keys_max, table: BucketTable::default(), runs: Vec::new() }
+    }
+
+    /// The set after this one: empty.
+    pub(super) fn next(&self) -> Self {
+        Self::new(self.repeats, self.merged_keys_max)
     }
 
     /// By what keys are sorted: the fingerprint, under its bucket if only that one is probed.
-    fn rank(&self, entry: &Entry) -> (u32, Fingerprint) {
+    fn rank(&self, entry: &Entry) -> (u32, u128) {
         match self.repeats {
-            Repeats::AnyTime => (0, entry.fingerprint),
-            Repeats::SameTime => (entry.bucket, entry.fingerprint),
+            Repeats::AnyTime => (0, entry.value()),
+            Repeats::SameTime => (entry.bucket(), entry.value()),
         }
     }
 
@@ -106,9 +129,9 @@ impl Pending {
         self.runs.iter().map(|run| run.len() as u64).sum()
     }
 
-    /// Bytes that the pending keys take at most, the copy made by a merge or the final sort included.
+    /// Bytes that the pending keys take at most until they are written, the copy made by a merge included.
     pub(super) fn bytes(&self) -> u64 {
-        self.keys() * PENDING_KEY_BYTES
+        (self.keys() + self.keys().min(self.merged_keys_max as u64)) * PENDING_KEY_BYTES
     }
 
     /// Marks the probes of one bucket (of all, if every bucket is probed), sorted, that are pending already.
@@ -119,7 +142,7 @@ impl Pending {
                 left = &left[count_below(left, probe.value())..];
                 match left.first() {
                     None => break,
-                    Some(entry) if entry.fingerprint.value() == probe.value() => {
+                    Some(entry) if entry.value() == probe.value() => {
                         mutant!("pending-keys-not-seen", () => probe.mark_found());
                     }
                     Some(_) => {}
@@ -133,8 +156,8 @@ impl Pending {
         match self.repeats {
             Repeats::AnyTime => run,
             Repeats::SameTime => {
-                let begin = run.partition_point(|entry| entry.bucket < bucket);
-                let end = run.partition_point(|entry| entry.bucket <= bucket);
+                let begin = run.partition_point(|entry| entry.bucket() < bucket);
+                let end = run.partition_point(|entry| entry.bucket() <= bucket);
                 &run[begin..end]
             }
         }
@@ -147,7 +170,7 @@ impl Pending {
         }
         self.runs.push(run);
         while let [.., older, newer] = self.runs.as_slice() {
-            if older.len() > newer.len() * 2 {
+            if older.len() > newer.len() * 2 || older.len() + newer.len() > self.merged_keys_max {
                 break;
             }
             let merged = self.merged(older, newer);
@@ -176,8 +199,9 @@ impl Pending {
     /// The keys of some buckets. Of their event times only the bucket is told.
     pub(super) fn keys_of(&self, wanted: impl Fn(Bucket) -> bool) -> Vec<Key> {
         let is_wanted: Vec<bool> = self.table.rows.iter().map(|row| wanted(row.bucket)).collect();
-        let entries = self.runs.iter().flatten().filter(|entry| is_wanted[entry.bucket as usize]);
-        let key = |entry: &Entry| self.table.bucket(entry.bucket).key(entry.fingerprint);
+        let entries = self.runs.iter().flatten().filter(|entry| is_wanted[entry.bucket() as usize]);
+        let key =
+            |entry: &Entry| self.table.bucket(entry.bucket()).key(Fingerprint::from_value(entry.value()));
         entries.map(key).collect()
     }
 
@@ -185,7 +209,7 @@ impl Pending {
     pub(super) fn retain(&mut self, keep: impl Fn(Bucket) -> bool) {
         let kept: Vec<bool> = self.table.rows.iter().map(|row| keep(row.bucket)).collect();
         for run in &mut self.runs {
-            run.retain(|entry| kept[entry.bucket as usize]);
+            run.retain(|entry| kept[entry.bucket() as usize]);
         }
     }
 
@@ -212,19 +236,19 @@ impl Pending {
         {
             let bucket = match self.repeats {
                 Repeats::AnyTime => None,
-                Repeats::SameTime => Some(self.table.bucket(entries[0].bucket)),
+                Repeats::SameTime => Some(self.table.bucket(entries[0].bucket())),
             };
             let mut run = Run::with_capacity(entries.len());
             let is_live =
-                |entry: &&Entry| bucket.is_some() || self.table.bucket(entry.bucket).to > complete_since;
-            entries.iter().filter(is_live).for_each(|entry| run.push(entry.fingerprint.value()));
+                |entry: &&Entry| bucket.is_some() || self.table.bucket(entry.bucket()).to > complete_since;
+            entries.iter().filter(is_live).for_each(|entry| run.push(entry.value()));
             runs.insert(bucket, run);
         }
         runs
     }
 
     fn is_probed_with(&self, one: &Entry, other: &Entry) -> bool {
-        self.repeats == Repeats::AnyTime || one.bucket == other.bucket
+        self.repeats == Repeats::AnyTime || one.bucket() == other.bucket()
     }
 
     /// Writes all pending keys of a compact set as sections; nothing if there are none.
@@ -232,10 +256,10 @@ impl Pending {
         let Self { table, runs, .. } = self;
         let mut values_of: BTreeMap<Bucket, (u32, Vec<u128>)> = BTreeMap::new();
         let mut counts = vec![0usize; table.rows.len()];
-        runs.iter().flatten().for_each(|entry| counts[entry.bucket as usize] += 1);
+        runs.iter().flatten().for_each(|entry| counts[entry.bucket() as usize] += 1);
         let mut places: Vec<Vec<u128>> = counts.into_iter().map(Vec::with_capacity).collect();
         // Within a bucket the order of the run is that of fingerprints, whatever the run is sorted by first.
-        runs.iter().flatten().for_each(|entry| places[entry.bucket as usize].push(entry.fingerprint.value()));
+        runs.iter().flatten().for_each(|entry| places[entry.bucket() as usize].push(entry.value()));
         drop(runs);
         for (ordinal, values) in (0..).zip(places).filter(|(_, values)| !values.is_empty()) {
             values_of.insert(table.bucket(ordinal), (ordinal, values));
@@ -252,7 +276,7 @@ impl Pending {
 
 /// How many entries of a sorted run lie below a fingerprint: looks near first, in growing steps.
 fn count_below(run: &[Entry], value: u128) -> usize {
-    let below = |entry: &Entry| entry.fingerprint.value() < value;
+    let below = |entry: &Entry| entry.value() < value;
     let mut reach = 1;
     while reach < run.len() && below(&run[reach - 1]) {
         reach *= 2;

@@ -55,8 +55,9 @@ const MERGE_SECONDS_PER_KEY: f64 = 0.06e-6;
 /// A key of a table row on its way through a rebuild, before merges: read, hashed, sorted, written. Aimed at, not
 /// measured.
 const REBUILD_SECONDS_PER_KEY: f64 = 0.2e-6;
-/// Memory per event of the probe batch in work.
-const PROBE_BYTES_PER_EVENT: f64 = 37.0;
+/// Memory per event of the probe batch in work: its probe, which becomes a pending key, bucket and verdict, and what a job
+/// keeps of a row that waits on disk.
+const PROBE_BYTES_PER_EVENT: f64 = 28.0;
 /// Memory per recent key, and how many are kept at most.
 const RECENT_KEY_BYTES: f64 = 12.0;
 const RECENT_KEYS_MAX: f64 = 8e6;

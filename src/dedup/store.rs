@@ -8,22 +8,21 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rayon::slice::ParallelSliceMut;
 use serde::Serialize;
 
 use super::bucket::{Bucket, BucketTally, Grid, Tally};
 use super::builder::Builder;
+use super::gather::ProbeBatch;
 use super::generation::{GenerationName, GenerationRef, Manifest, SweepReport, sweep_others};
-use super::lookup::{self, Lookup, Probe, Target};
+use super::lookup::{self, Lookup, Target};
 use super::pending::{Entry, Pending};
 use super::pins::{PinStats, Pins};
 use super::recent::{BatchRuns, Recent};
 use super::segment::Segment;
 use super::tiers::{Merges, SegmentFiles, dead_bytes, probed_keys, write_generation};
 use super::window::{Window, set_width};
-use super::{Key, Limits, StoreError, StoreSpec, Verdict, disk};
+use super::{Key, Limits, StoreError, StoreSpec, Verdict, access, disk};
 use crate::event_time::EventTimeMs;
-use crate::fingerprint::Fingerprint;
 use crate::job::Repeats;
 use crate::mutant;
 
@@ -191,7 +190,7 @@ impl Store {
         Ok(Self {
             folder: folder.to_owned(),
             grid: current.manifest.grid(),
-            pending: Pending::new(spec.repeats),
+            pending: Pending::new(spec.repeats, limits.merged_keys_max),
             lookup: Lookup::new(limits.read_buffer_bytes),
             recent: Recent::new(limits.recent_keys_max),
             spec,
@@ -208,8 +207,8 @@ impl Store {
     /// wins, so the caller passes rows in the order of their places. New keys become pending: later probes see
     /// them, and [`Store::prepare`] writes them.
     ///
-    /// Costs 37 bytes per key (53 where a bucket is probed) and at most one read of each page by each unit of the batch; no
-    /// sync.
+    /// Costs 21 bytes per key beside what is given, of which 16 become those of pending keys, and at most one read of each
+    /// page by each unit of the batch; no sync.
     ///
     /// # Errors
     /// Any [`StoreError`]; then no key became pending and the batch may be probed again or abandoned. A page that
@@ -218,23 +217,41 @@ impl Store {
     /// # Panics
     /// If the batch holds 2^32 keys or more.
     pub fn probe(&mut self, keys: &[Key]) -> Result<Vec<Verdict>, StoreError> {
-        assert!(u32::try_from(keys.len()).is_ok(), "a probe batch holds fewer than 2^32 keys");
+        let mut batch = ProbeBatch::default();
+        self.gather(&mut batch, 0, keys)?;
+        self.settle(batch)
+    }
+
+    /// Adds keys to a probe batch that is looked up later, by [`Store::settle`]. Of equal keys the one of the lowest `rank`
+    /// wins, and of one rank the first, so that a batch may be gathered in parts that each hold rows of several topic
+    /// partitions.
+    ///
+    /// # Errors
+    /// Any [`StoreError`]; the batch is then to be dropped.
+    ///
+    /// # Panics
+    /// If the batch holds 2^32 keys or more.
+    pub fn gather(&mut self, batch: &mut ProbeBatch, rank: u32, keys: &[Key]) -> Result<(), StoreError> {
         if self.broken {
             return Err(StoreError::Broken);
         }
         let ordinals = self.ordinals(keys)?;
-        let Groups { mut probes, groups } = self.groups(keys, &ordinals);
-        self.mark_found(&mut probes, &groups)?;
+        batch.push(rank, keys, &ordinals);
+        Ok(())
+    }
 
-        let mut verdicts = vec![Verdict::Duplicate; keys.len()];
-        let new = probes.iter().filter(|probe| !probe.is_found()).count();
-        let mut new_keys = Vec::with_capacity(new);
-        for probe in probes.iter().filter(|probe| !probe.is_found()) {
-            let fingerprint = Fingerprint::from_value(probe.value());
-            new_keys.push(Entry { fingerprint, bucket: ordinals[probe.index()] });
-            verdicts[probe.index()] = Verdict::New;
+    /// Looks a gathered batch up: a verdict for each key, in the order in which they were gathered. Otherwise as
+    /// [`Store::probe`].
+    ///
+    /// # Errors
+    /// As [`Store::probe`].
+    pub fn settle(&mut self, mut batch: ProbeBatch) -> Result<Vec<Verdict>, StoreError> {
+        if self.broken {
+            return Err(StoreError::Broken);
         }
-        self.pending.push(new_keys);
+        self.mark_found(&mut batch)?;
+        let (verdicts, entries) = batch.into_verdicts();
+        self.pending.push(entries);
         Ok(verdicts)
     }
 
@@ -250,7 +267,7 @@ impl Store {
         let ordinals = self.ordinals(keys)?;
         let entries = keys.iter().zip(ordinals);
         let mut entries: Vec<Entry> =
-            entries.map(|(key, bucket)| Entry { fingerprint: key.fingerprint, bucket }).collect();
+            entries.map(|(key, bucket)| Entry::new(key.fingerprint.value(), bucket)).collect();
         self.pending.sort(&mut entries);
         self.pending.push(entries);
         Ok(())
@@ -280,36 +297,54 @@ impl Store {
         Ok(ordinals)
     }
 
-    /// Sorts the probes of each group and marks those that were seen.
-    fn mark_found(&mut self, probes: &mut [Probe], groups: &[Group]) -> Result<(), StoreError> {
+    /// Sorts the probes of a batch and marks those that were seen.
+    fn mark_found(&mut self, batch: &mut ProbeBatch) -> Result<(), StoreError> {
         self.measure_device()?;
         let Self { current, prepared, pending, pins, lookup, recent, spec, window, .. } = self;
         let generation: &Generation = prepared.as_ref().unwrap_or(current);
         let mut lookups = Vec::new();
         let mut places = Vec::new();
-        let mut rest = probes;
-        for group in groups.iter().filter(|group| group.keys > 0) {
-            let (of_group, others) = rest.split_at_mut(group.keys);
-            rest = others;
-            of_group.par_sort_unstable();
-            mark_later_copies(of_group);
+        for (ordinal, probes) in batch.groups(spec.repeats) {
             let bucket = match spec.repeats {
                 Repeats::AnyTime => None,
-                Repeats::SameTime => Some(pending.table.bucket(group.ordinal)),
+                Repeats::SameTime => Some(pending.table.bucket(ordinal)),
             };
             let target = |(segment, section_index): (Arc<Segment>, usize)| {
                 let pinned = pins.of(&segment, section_index);
                 Target { segment, section_index, pinned }
             };
             let targets = window.sections(generation, bucket).into_iter().map(target).collect();
-            lookups.push(lookup::Group { probes: of_group, targets });
-            places.push((group.ordinal, bucket));
+            lookups.push(lookup::Group { probes, targets });
+            places.push((ordinal, bucket));
         }
         lookup.mark_found(
             &mut lookups,
             |group_index, unit| pending.mark_found(places[group_index].0, unit),
             |group_index, candidates| recent.mark_found(places[group_index].1, candidates),
         )
+    }
+
+    /// Seconds that a probe batch of so many keys takes the device and a core, as the plan of a lookup reckons them: beside
+    /// what a batch costs wherever its state lies. With `same_time` as if all keys were of the newest bucket.
+    ///
+    /// # Errors
+    /// Those of measuring the device, once.
+    pub fn lookup_seconds(&mut self, keys: u64) -> Result<f64, StoreError> {
+        self.measure_device()?;
+        let generation = self.probed();
+        let newest = generation.sections.keys().next_back().copied();
+        let bucket = newest.filter(|_| self.spec.repeats == Repeats::SameTime);
+        let device = self.lookup.device();
+        let seconds = |(segment, section_index): (Arc<Segment>, usize)| {
+            let pinned = self.pins.of(&segment, section_index);
+            access::seconds(&segment.sections[section_index], &pinned, keys, &device)
+        };
+        Ok(self.window.sections(generation, bucket).into_iter().map(seconds).sum())
+    }
+
+    /// Bytes per second of the device that the state lies on, one after another.
+    pub fn device_bytes_per_second(&self) -> f64 {
+        self.lookup.device().bytes_per_second
     }
 
     /// Whether lookups read the disk: the state is neither small nor fits in memory.
@@ -321,36 +356,6 @@ impl Store {
     fn measure_device(&mut self) -> Result<(), StoreError> {
         let largest = self.probed().larger_than(self.pins.bytes_max());
         largest.map_or(Ok(()), |largest| self.lookup.measure(&largest))
-    }
-
-    /// Puts keys together that are looked for in the same place: all of them, or those of each bucket.
-    fn groups(&self, keys: &[Key], ordinals: &[u32]) -> Groups {
-        let probe = |index: usize| Probe::new(keys[index].fingerprint.value(), index as u32);
-        match self.spec.repeats {
-            Repeats::AnyTime => Groups {
-                probes: (0..keys.len()).map(probe).collect(),
-                groups: vec![Group { ordinal: 0, keys: keys.len() }],
-            },
-            Repeats::SameTime => {
-                let buckets = ordinals.iter().max().map_or(0, |last| *last as usize + 1);
-                let mut groups: Vec<Group> =
-                    (0..buckets).map(|ordinal| Group { ordinal: ordinal as u32, keys: 0 }).collect();
-                ordinals.iter().for_each(|ordinal| groups[*ordinal as usize].keys += 1);
-                let mut next = Vec::with_capacity(buckets);
-                let mut begin = 0;
-                for group in &groups {
-                    next.push(begin);
-                    begin += group.keys;
-                }
-                let mut probes = vec![Probe::new(0, 0); keys.len()];
-                for (index, ordinal) in ordinals.iter().enumerate() {
-                    let place = &mut next[*ordinal as usize];
-                    probes[*place] = probe(index);
-                    *place += 1;
-                }
-                Groups { probes, groups }
-            }
-        }
     }
 
     /// The generation that probes use: the prepared one, as soon as there is one.
@@ -382,7 +387,8 @@ impl Store {
         }
         // The pending keys leave memory here: until the generation is whole, nothing may be probed.
         self.broken = true;
-        let mut pending = std::mem::replace(&mut self.pending, Pending::new(self.spec.repeats));
+        let mut pending = self.pending.next();
+        std::mem::swap(&mut pending, &mut self.pending);
         let window = std::mem::take(&mut self.window);
         let begin = |bytes| Builder::on_grid(&self.folder, self.spec.clone(), bytes, self.grid);
         let next_window = window.next(&pending, begin)?;
@@ -425,7 +431,7 @@ impl Store {
         if self.prepared.take().is_some() {
             self.recent.forget_last();
         }
-        let empty = Pending::new(self.spec.repeats);
+        let empty = self.pending.next();
         self.pending =
             mutant!("abandoned-keys-stay-seen", std::mem::replace(&mut self.pending, empty) => empty);
         self.window = Window::default();
@@ -473,7 +479,7 @@ impl Store {
         self.merging.set_disk_full(is_full);
     }
 
-    /// Bytes that the pending keys take at most, with the copy that [`Store::prepare`] makes. The caller ends the
+    /// Bytes that the pending keys take at most. [`Store::prepare`] takes as much again for a moment. The caller ends the
     /// microbatch before they outgrow their share of the memory.
     pub fn pending_bytes(&self) -> u64 {
         self.pending.bytes()
@@ -526,29 +532,6 @@ impl Store {
             merge_waits: written.merge_waits,
             merge_wait_ms: written.merge_wait_ms,
         }
-    }
-}
-
-/// Probes of a batch, those of each group together.
-struct Groups {
-    probes: Vec<Probe>,
-    groups: Vec<Group>,
-}
-
-struct Group {
-    /// Ordinal of the only bucket in which the keys are looked for; 0 if they are looked for in all.
-    ordinal: u32,
-    keys: usize,
-}
-
-/// Marks every copy of a key but the first one. Probes are sorted by fingerprint, then by place.
-fn mark_later_copies(probes: &mut [Probe]) {
-    let mut earlier = None;
-    for probe in probes {
-        if mutant!("later-copies-pass", false => earlier == Some(probe.value())) {
-            probe.mark_found();
-        }
-        earlier = Some(probe.value());
     }
 }
 

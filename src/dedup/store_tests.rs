@@ -24,6 +24,7 @@ pub(super) const NOTHING_PINNED: Limits = Limits {
     recent_keys_max: 0,
     merge_read_bytes_max: PAGE_BYTES,
     write_bytes_max: PAGE_BYTES,
+    merged_keys_max: 64,
 };
 
 fn spec(repeats: Repeats) -> StoreSpec {

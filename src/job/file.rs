@@ -36,7 +36,7 @@ mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
 use ::iceberg::spec::PrimitiveType;
@@ -359,6 +359,7 @@ fn read_dedup(section: Option<Section<'_, '_>>, types: &BTreeMap<String, Option<
         bucket_from: BucketFrom::EventTime,
         beyond_window: BeyondWindow::Check,
         on_missing_keys: OnMissingKeys::Stop,
+        probe_records_max: None,
     };
     let Some(mut section) = section else { return dedup };
     if let Some(field) = section.need("key", "an array of columns: [\"event_id\"]") {
@@ -409,6 +410,14 @@ fn read_dedup(section: Option<Section<'_, '_>>, types: &BTreeMap<String, Option<
     if let Some(field) = section.get("on_missing_keys") {
         let words = [("stop", OnMissingKeys::Stop), ("accept", OnMissingKeys::Accept)];
         dedup.on_missing_keys = field.choice(&words, &[]).unwrap_or(OnMissingKeys::Stop);
+    }
+    if let Some(field) = section.get("max_probe_records")
+        && let Some(number) = field.integer()
+    {
+        dedup.probe_records_max = u64::try_from(number).ok().and_then(NonZeroU64::new);
+        if dedup.probe_records_max.is_none() {
+            field.wrong(format!("max_probe_records is {number}")).expecting("at least 1");
+        }
     }
     dedup.bucket_from = read_bucket_from(&mut section, &dedup, types);
     section.finish();

@@ -17,9 +17,9 @@
 //! 3. An error that the reader met is the run's, after what the reader gave before it: the next read of the lane gives it, without
 //!    asking the broker again, and until then nothing is read ahead.
 //!
-//! Only the live lane is read ahead, and only while no backfill is active: whose turn is next is known then. A state that does
-//! not fit in memory is looked up in probe batches as large as memory allows, so that nothing is read beside those; a commit has
-//! room for it.
+//! Only the live lane is read ahead, and only while no backfill is active: whose turn is next is known then. Where a state that
+//! does not fit in memory is looked up chunk by chunk these are as large as memory allows, so that nothing is read beside them; a
+//! commit has room for it. Where rows are laid aside (`gather`) chunks are small.
 //!
 //! Bounds: one probe batch, so small that it fits into what the one in work, and rows that are with their writer, leave of
 //! decode's share whatever its records are; its bytes lie in the buffer of the one before. It delays the run by a turn of the
@@ -236,13 +236,13 @@ fn is_soon_full(chunk: &RecordChunk, before: (usize, usize), limits: ReadLimits)
 impl Session<'_> {
     /// Whether probe batches are read beside the one in work.
     fn reads_beside_work(&self) -> bool {
-        self.ahead.helper.is_some() && !self.state.store.is_larger_than_memory()
+        self.ahead.helper.is_some() && (!self.state.store.is_larger_than_memory() || self.gathering.is_on())
     }
 
     /// Bounds of a probe batch that the run reads itself, of a microbatch that may take so much more: it fits into what rows that
-    /// are with their writer leave of decode's share, and leaves room for one to be read beside it.
+    /// are with their writer and keys that wait leave of decode's share, and leaves room for one to be read beside it.
     pub(super) fn limits_beside(&self, open: &Open, records_left: u64, bytes_left: u64) -> ReadLimits {
-        let left = self.memory.payload_bytes_beside(open.main.held_bytes());
+        let left = self.memory.payload_bytes_beside(open.main.held_bytes() + self.gathered_beyond(open));
         let bytes_max = if self.reads_beside_work() { left / 2 } else { left };
         let records_max = MemoryPlan::records_max(bytes_max);
         self.chunk_limits(records_left.min(records_max), bytes_left.min(bytes_max))
@@ -254,7 +254,7 @@ impl Session<'_> {
         if !self.reads_beside_work() || open.is_cut_short() {
             return;
         }
-        let held_bytes = held_bytes + open.main.held_bytes();
+        let held_bytes = held_bytes + open.main.held_bytes() + self.gathered_beyond(open);
         let Some(bytes_max) = self.memory.ahead_payload_bytes_max(held_bytes) else { return };
         let (records_left, bytes_left) = match self.room_left(open) {
             Some(left) => left,

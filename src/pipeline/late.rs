@@ -40,8 +40,8 @@ pub(super) struct Judged {
     pub(super) fates: Vec<Fate>,
     /// Rows that the job drops because they are late.
     pub(super) dropped: Vec<usize>,
-    /// The watermark behind which a row is late, of those that are.
-    watermarks: Vec<Option<EventTimeMs>>,
+    /// Rows that are late, ascending, and the watermark behind which each is.
+    watermarks: Vec<(u32, EventTimeMs)>,
     /// By row, the time that tells the bucket of its key; `None` = its event time.
     pub(super) times_of_ids: Option<Vec<EventTimeMs>>,
 }
@@ -52,14 +52,26 @@ impl Judged {
         Self {
             fates: vec![Fate::Nowhere; rows],
             dropped: Vec::new(),
-            watermarks: vec![None; rows],
+            watermarks: Vec::new(),
             times_of_ids: None,
         }
     }
 
-    /// A row is late behind this watermark.
+    /// Bytes that it takes.
+    pub(super) fn bytes(&self) -> u64 {
+        let times = self.times_of_ids.as_ref().map_or(0, |times| size_of_val(times.as_slice()));
+        (size_of_val(self.fates.as_slice()) + size_of_val(self.watermarks.as_slice()) + times) as u64
+            + size_of_val(self.dropped.as_slice()) as u64
+    }
+
+    /// Whether no row of it goes anywhere.
+    pub(super) fn is_of_none(&self) -> bool {
+        self.fates.iter().all(|fate| *fate == Fate::Nowhere)
+    }
+
+    /// A row is late behind this watermark. Rows come in ascending order.
     pub(super) fn late(&mut self, row: usize, watermark: EventTimeMs, policy: LatePolicy) {
-        self.watermarks[row] = Some(watermark);
+        self.watermarks.push((u32::try_from(row).expect("a chunk holds fewer than 2^32 rows"), watermark));
         if policy == LatePolicy::Drop {
             self.dropped.push(row);
         }
@@ -71,13 +83,13 @@ impl Judged {
     }
 
     /// Takes the rows that are `gone` beyond what the state knows out of those to be probed. Gives their number.
-    pub(super) fn set_aside(&mut self, order: &mut Vec<usize>, gone: &[bool]) -> u64 {
+    pub(super) fn set_aside(&mut self, order: &mut Vec<u32>, gone: &[bool]) -> u64 {
         let before = order.len();
         let mut gone = gone.iter();
         order.retain(|&row| {
             let is_gone = *gone.next().expect("one answer for each row to be probed");
             if is_gone {
-                self.fates[row] = Fate::Unproven;
+                self.fates[row as usize] = Fate::Unproven;
             }
             !is_gone
         });
@@ -126,8 +138,11 @@ pub(super) fn rows_where(
 
 /// Rows of main with the columns that the late table has beside.
 pub(super) fn with_late_columns(rows: &RecordBatch, judged: &Judged) -> Result<RecordBatch, Stop> {
-    let micros = |time: &Option<EventTimeMs>| time.map(|time| time.0.saturating_mul(1_000));
-    let watermarks: TimestampMicrosecondArray = judged.watermarks.iter().map(micros).collect();
+    let mut micros = vec![None; judged.fates.len()];
+    for (row, watermark) in &judged.watermarks {
+        micros[*row as usize] = Some(watermark.0.saturating_mul(1_000));
+    }
+    let watermarks = TimestampMicrosecondArray::from(micros);
     let watermarks: ArrayRef = Arc::new(watermarks.with_timezone("+00:00"));
     let unproven: BooleanArray = judged.fates.iter().map(|fate| Some(*fate == Fate::Unproven)).collect();
     let unproven: ArrayRef = Arc::new(unproven);

@@ -2,26 +2,26 @@
 //!
 //! Flow: [`RecordChunk`] -> rows and letters -> time verdicts -> first-seen rows -> data files -> commit -> side tables
 //!
-//! A microbatch is read in probe batches bounded by the memory plan. Each is judged, probed and given to its writers before the
-//! next is judged, so rows never wait for a verdict and memory does not depend on the size of the microbatch, but for its
-//! pending keys, which the memory plan bounds. The next one is read and decoded meanwhile (`ahead`), and rows of those before
-//! are encoded (`writing`).
+//! A microbatch is read in chunks bounded by the memory plan. Each is judged, looked up and given to its writers before the next
+//! is judged, unless the state is larger than memory: then keys of many chunks are looked up together (`gather`). So memory
+//! does not depend on the size of the microbatch, but for its pending keys, which the memory plan bounds. The next chunk is read
+//! and decoded meanwhile (`ahead`), and rows of those before are encoded (`writing`).
 //!
 //! A batch that ends before its commit was sent leaves nothing: keys are abandoned, files deleted best effort. Once it
 //! was sent, files stay whatever happens.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
-use arrow::array::{ArrayRef, RecordBatch};
 use iceberg::spec::DataFile;
 use iceberg::table::Table;
 use uuid::Uuid;
 
 use super::backfill::resume_command;
+use super::gather::{self, Gathered};
 use super::lanes::{self, LaneReader};
-use super::late::{self, Fate, Judged, rows_where, with_late_columns};
+use super::late::{self, Fate, Judged};
 use super::owner::Owner;
 use super::profile::Stage;
 use super::rebuild::load;
@@ -35,8 +35,8 @@ use super::writing::Writing;
 use crate::commit::ledger::{LIVE_LANE, LedgerRecord, Tail};
 use crate::commit::side::Role;
 use crate::counts::Counts;
-use crate::decode::{DecodeError, Decoded, metadata};
-use crate::dedup::{Key, Verdict};
+use crate::decode::{DecodeError, Decoded};
+use crate::dedup::Key;
 use crate::event_time::EventTimeMs;
 use crate::job::{BRAKE_RECORDS_MIN, BeyondWindow};
 use crate::lateness::TimeVerdict;
@@ -74,11 +74,13 @@ pub(super) struct Open {
     refused: BTreeMap<ReasonCode, (u64, Place, String)>,
     /// Buckets read from the table for it.
     pub(super) buckets_lent: u64,
-    first_byte: bool,
+    pub(super) first_byte: bool,
     /// Whether its lane gives no more now.
     is_cut_short: bool,
     /// Data files of the main table.
     pub(super) data_files: usize,
+    /// Rows that wait for their verdict.
+    pub(super) gathered: Gathered,
 }
 
 impl Open {
@@ -99,15 +101,15 @@ impl Open {
     }
 
     /// Whether the time from its first record is up.
-    fn is_due(&self) -> bool {
+    pub(super) fn is_due(&self) -> bool {
         self.due.is_some_and(|due| Instant::now() >= due)
     }
 }
 
-/// Keys that are looked up together, each with the row that it is of.
-struct Asked {
-    rows: Vec<usize>,
-    keys: Vec<Key>,
+/// Keys of a chunk that are to be looked up, each with the row that it is of; in the order of their places.
+pub(super) struct Asked {
+    pub(super) rows: Vec<u32>,
+    pub(super) keys: Vec<Key>,
 }
 
 /// A run's microbatches, and what it tells of them.
@@ -248,6 +250,7 @@ impl Session<'_> {
     }
 
     pub(super) fn begin(&mut self) -> Result<Open, Stop> {
+        self.plan_gathering()?;
         let attempt = Uuid::now_v7();
         let key = &self.owner.world.loaded.job.dedup.key;
         let main_bytes = self.memory.writer * 3 / 4;
@@ -277,10 +280,11 @@ impl Session<'_> {
             first_byte: false,
             is_cut_short: false,
             data_files: 0,
+            gathered: Gathered::new(state_dir),
         })
     }
 
-    /// Takes probe batches until the microbatch is full, its time is up, or the topics are read.
+    /// Takes chunks until the microbatch is full, its time is up, or the topics are read.
     async fn fill(
         &mut self,
         open: &mut Open,
@@ -292,6 +296,10 @@ impl Session<'_> {
             if let Some((chunk, decoded)) = self.next_chunk(open, limits, report)? {
                 self.take_chunk(open, chunk, decoded).await?;
             }
+            if open.is_due() {
+                // What comes next is another microbatch's, or waits for rows that are known to be new.
+                self.settle(open, None).await?;
+            }
             report.event(&Event::Progress {
                 batch: open.number,
                 consumed: consumed_before + open.counts.consumed,
@@ -299,10 +307,10 @@ impl Session<'_> {
                 lane: Some(&self.lanes.served().lane).filter(|_| !self.lanes.served().is_live()).cloned(),
             });
         }
-        Ok(())
+        self.settle(open, None).await
     }
 
-    /// The next probe batch, decoded: read ahead, or read now; `None` if there is no record of this lane in it.
+    /// The next chunk, decoded: read ahead, or read now; `None` if there is no record of this lane in it.
     fn next_chunk(
         &mut self,
         open: &mut Open,
@@ -344,7 +352,8 @@ impl Session<'_> {
         self.decoder.decode(chunk, &self.lanes.served().slots).map_err(undecodable)
     }
 
-    /// A probe batch that was read: goes through every stage, and the next is read meanwhile.
+    /// A chunk that was read: goes through every stage, or as far as the lookup that it waits for, and the next is read
+    /// meanwhile.
     async fn take_chunk(
         &mut self,
         open: &mut Open,
@@ -356,6 +365,7 @@ impl Session<'_> {
             // reading. In a drain that of the cut is later than every record.
             open.cut_time_ms = open.cut_time_ms.max(chrono::Utc::now().timestamp_millis());
         }
+        self.gathering.note(&decoded, chunk.payload_bytes());
         let (decoded, mut judged, letters) = self.judge(open, &chunk, decoded)?;
         // Letters have bytes of their own: nothing needs the records any more.
         self.ahead.keep_spare(chunk);
@@ -365,29 +375,29 @@ impl Session<'_> {
         let asked = self.keys_to_ask(open, &decoded, &mut judged).await?;
         // Not before buckets were lent, which takes decode's share too.
         self.read_beside_work(open, held_bytes);
-        self.drop_repeats(open, &asked, &mut judged)?;
-        self.write_rows(open, &decoded, &judged).await?;
+        self.gather(open, &decoded, judged, asked).await?;
         self.write_letters(open, letters).await
     }
 
-    /// Bounds of a microbatch's first probe batch.
+    /// Bounds of a microbatch's first chunk.
     pub(super) fn first_chunk_limits(&self) -> ReadLimits {
         let limits = &self.owner.world.loaded.job.microbatch;
         self.chunk_limits(limits.records_max, limits.payload_bytes_max)
     }
 
-    /// Bounds of a probe batch of a microbatch that may take so much more.
+    /// Bounds of a chunk of a microbatch that may take so much more.
     pub(super) fn chunk_limits(&self, records_left: u64, bytes_left: u64) -> ReadLimits {
         let bounded = |left: u64, most: u64| usize::try_from(left.min(most)).unwrap_or(usize::MAX);
+        let said = self.owner.world.loaded.job.dedup.probe_records_max.map_or(u64::MAX, NonZeroU64::get);
         ReadLimits {
-            records_max: bounded(records_left, self.memory.probe_records_max()),
+            records_max: bounded(records_left, self.memory.probe_records_max().min(said)),
             bytes_max: bounded(bytes_left, self.memory.probe_payload_bytes_max()),
             deadline: Instant::now(),
         }
     }
 
-    /// Bounds of the next probe batch; `None` when the microbatch is to be closed.
-    fn next_chunk_limits(&self, open: &Open) -> Option<ReadLimits> {
+    /// Bounds of the next chunk; `None` when the microbatch is to be closed.
+    pub(super) fn next_chunk_limits(&self, open: &Open) -> Option<ReadLimits> {
         let (records_left, bytes_left) = self.room_left(open)?;
         let keys_full = self.state.store.pending_bytes() >= self.memory.pending_bytes_max();
         let is_over = keys_full
@@ -454,8 +464,8 @@ impl Session<'_> {
             if open.due.is_none() && !chunk.is_empty() {
                 open.due = Some(Instant::now() + self.owner.world.loaded.job.microbatch.open_time_max);
             }
-            // Rows that wait in the chunk are not known to be new before they are probed.
-            let waits = !chunk.is_empty() && open.is_due();
+            // Rows that wait, here or for their verdict, are not known to be new before they are looked up.
+            let waits = !(chunk.is_empty() && open.gathered.is_empty()) && open.is_due();
             let is_over = open.is_cut_short || self.is_due(open) || self.options.is_ending();
             if status != ReadStatus::DeadlinePassed || waits || is_over {
                 break;
@@ -464,7 +474,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// One probe batch judged and probed; nothing of it is written yet.
+    /// One chunk judged and looked up; nothing of it is written yet.
     pub(super) async fn probe(
         &mut self,
         open: &mut Open,
@@ -473,11 +483,13 @@ impl Session<'_> {
     ) -> Result<(Decoded, Judged, Vec<DeadLetter>), Stop> {
         let (decoded, mut judged, letters) = self.judge(open, chunk, decoded)?;
         let asked = self.keys_to_ask(open, &decoded, &mut judged).await?;
-        self.drop_repeats(open, &asked, &mut judged)?;
+        let verdicts = self.state.store.probe(&asked.keys).map_err(|error| self.state.failed(error))?;
+        crate::crash_point!("keys_probed");
+        gather::drop_repeats(&mut open.counts, &asked.rows, &verdicts, &mut judged);
         Ok((decoded, judged, letters))
     }
 
-    /// One probe batch judged by time, and the letters that it gives. The chunk is not needed after it.
+    /// One chunk judged by time, and the letters that it gives. The chunk is not needed after it.
     fn judge(
         &mut self,
         open: &mut Open,
@@ -564,7 +576,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Keys of the rows that go somewhere, in the order of their places, so that of two copies in one probe batch the one at
+    /// Keys of the rows that go somewhere, in the order of their places, so that of two copies in one chunk the one at
     /// the lowest place wins (R2). A row whose key can not be looked up without the tables is set aside first, where the job
     /// says so; else the tables are read.
     async fn keys_to_ask(
@@ -574,13 +586,14 @@ impl Session<'_> {
         judged: &mut Judged,
     ) -> Result<Asked, Stop> {
         let fingerprints = self.keys.fingerprints(&decoded.rows)?;
-        let is_kept =
-            |row: &usize| mutant!("refused-row-is-probed", true => judged.fates[*row] != Fate::Nowhere);
-        let mut order: Vec<usize> = (0..judged.fates.len()).filter(is_kept).collect();
-        mutant!("winner-by-arrival", () => order.sort_unstable_by_key(|&row| decoded.places[row]));
+        let is_kept = |row: &u32| mutant!("refused-row-is-probed", true => judged.fates[*row as usize] != Fate::Nowhere);
+        let rows = u32::try_from(judged.fates.len()).expect("a chunk holds fewer than 2^32 rows");
+        let mut order: Vec<u32> = (0..rows).filter(is_kept).collect();
+        mutant!("winner-by-arrival", () => order.sort_unstable_by_key(|&row| decoded.places[row as usize]));
         let times = judged.times_of_ids.take();
         let times = times.as_deref().unwrap_or(&decoded.event_times);
-        let key = |&row: &usize| Key { fingerprint: fingerprints[row], event_time: times[row] };
+        let key =
+            |&row: &u32| Key { fingerprint: fingerprints[row as usize], event_time: times[row as usize] };
         let mut keys: Vec<Key> = order.iter().map(key).collect();
         match self.owner.world.loaded.job.dedup.beyond_window {
             BeyondWindow::Check => self.lend(open, &keys).await?,
@@ -591,61 +604,6 @@ impl Session<'_> {
             }
         }
         Ok(Asked { rows: order, keys })
-    }
-
-    /// Lets rows whose key was seen before go nowhere.
-    fn drop_repeats(&mut self, open: &mut Open, asked: &Asked, judged: &mut Judged) -> Result<(), Stop> {
-        let verdicts = self.state.store.probe(&asked.keys).map_err(|error| self.state.failed(error))?;
-        crate::crash_point!("keys_probed");
-        for (&row, verdict) in asked.rows.iter().zip(&verdicts) {
-            match (*verdict == Verdict::New, judged.fates[row]) {
-                (true, Fate::Late) => open.counts.late_side += 1,
-                (true, _) => open.counts.written += 1,
-                (false, _) => {
-                    judged.fates[row] = Fate::Nowhere;
-                    open.counts.duplicate += mutant!("repeats-not-counted", 0 => 1);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) async fn write_rows(
-        &mut self,
-        open: &mut Open,
-        decoded: &Decoded,
-        judged: &Judged,
-    ) -> Result<(), Stop> {
-        self.options.profile.turn_to(Stage::Write);
-        if judged.fates.iter().all(|fate| *fate == Fate::Nowhere) {
-            return Ok(());
-        }
-        if !open.first_byte {
-            open.first_byte = true;
-            self.options.phases.reach("first_data_file_byte");
-        }
-        let batch = i64::try_from(open.number).expect("a batch number below 2^63");
-        let metadata = metadata::metadata_columns(
-            &self.lanes.served().slots,
-            &decoded.places,
-            &decoded.timestamps_ms,
-            batch,
-        );
-        let rows = with_metadata(&decoded.rows, metadata)?;
-        let first_seen = rows_where(&rows, judged, |fate| fate == Fate::Main)?;
-        if first_seen.num_rows() > 0 {
-            open.main.write(&first_seen).await.map_err(|error| unwritten(&self.owner.main, error))?;
-        }
-        let is_late = |fate| matches!(fate, Fate::Late | Fate::Unproven);
-        if judged.fates.iter().any(|fate| is_late(*fate)) {
-            let late = rows_where(&with_late_columns(&rows, judged)?, judged, is_late)?;
-            let writer =
-                open.sides.get_mut(&Role::Late).expect("a job that puts rows aside has a late table");
-            let table = self.owner.side(Role::Late);
-            writer.write(&late).await.map_err(|error| unwritten(table, error))?;
-            crate::crash_point!("late_rows_written");
-        }
-        Ok(())
     }
 
     /// Letters that do not stand in the dead-letter table yet, once per place.
@@ -853,14 +811,4 @@ pub(super) fn unwritten(table: &Table, error: WriteError) -> Stop {
 pub(super) fn unexpected_arrow(error: impl std::error::Error + Send + Sync + 'static) -> Stop {
     Stop::new(Reason::Unexpected, "rows do not fit together", "nothing was committed; please report this")
         .because(error)
-}
-
-/// The decoder's columns and then the metadata columns.
-fn with_metadata(rows: &RecordBatch, metadata: Vec<ArrayRef>) -> Result<RecordBatch, Stop> {
-    let schema = rows.schema();
-    let mut fields: Vec<arrow::datatypes::FieldRef> = schema.fields().iter().cloned().collect();
-    fields.extend(metadata::metadata_fields().into_iter().map(Arc::new));
-    let mut columns = rows.columns().to_vec();
-    columns.extend(metadata);
-    RecordBatch::try_new(Arc::new(arrow::datatypes::Schema::new(fields)), columns).map_err(unexpected_arrow)
 }

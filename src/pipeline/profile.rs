@@ -41,6 +41,8 @@ pub enum Stage {
     ReadAhead,
     /// Times are judged and keys looked up.
     Probe,
+    /// Rows wait on local disk for their verdict.
+    Aside,
     /// Rows and letters go to data files, which are closed at the cut. What it waits for is the line that writes beside it, too.
     Write,
     /// The next generation of the dedup state is written.
@@ -59,13 +61,14 @@ pub enum Stage {
     Other,
 }
 
-const STAGES: [(Stage, &str); 14] = [
+const STAGES: [(Stage, &str); 15] = [
     (Stage::Start, "start"),
     (Stage::WaitForRecords, "wait for records"),
     (Stage::Fetch, "fetch"),
     (Stage::Decode, "decode"),
     (Stage::ReadAhead, "wait for reading ahead"),
     (Stage::Probe, "probe"),
+    (Stage::Aside, "lay aside"),
     (Stage::Write, "write"),
     (Stage::State, "state"),
     (Stage::Commit, "commit"),
@@ -422,6 +425,7 @@ impl ProfileReport {
             (Stage::Probe, true) => {
                 "the lookup of keys, which mostly waits: for the disk of the state, or its threads"
             }
+            (Stage::Aside, _) => "rows that wait on local disk for the lookup of their keys",
             (Stage::Write, false) => "the encoding of data files",
             (Stage::Write, true) => "the writing of data files, which mostly waits for the warehouse",
             (Stage::State, _) => "the writing of the dedup state",

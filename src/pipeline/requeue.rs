@@ -404,7 +404,8 @@ impl Requeue<'_, '_> {
             judged.dropped.iter().map(|&row| letter_place(letters, decoded.places[row])).collect();
         decoded.places.iter_mut().for_each(|place| *place = true_place(letters, *place));
         refused.iter_mut().for_each(|letter| letter.place = true_place(letters, letter.place));
-        session.write_rows(open, &decoded, &judged).await?;
+        let rows = session.whole_rows(open, &decoded)?;
+        session.write_rows(open, &rows, &judged).await?;
         let still: BTreeSet<Place> = refused.iter().map(|letter| letter.place).chain(dropped).collect();
         session.write_letters(open, refused).await?;
         let slots = &self.lane.slots;

@@ -8,6 +8,7 @@ use iceberg::table::Table;
 use super::ahead::ReadingAhead;
 use super::backfill::lane_summary;
 use super::copies::Copier;
+use super::gather::Gathering;
 use super::keys::KeyMaker;
 use super::lanes::{LaneReader, Lanes, READERS_MAX};
 use super::maintain::Which;
@@ -58,6 +59,8 @@ pub(super) struct Session<'a> {
     pub(super) ahead: ReadingAhead,
     /// What data files of the main table are written by.
     pub(super) writing: WriterThread,
+    /// How many keys are looked up together.
+    pub(super) gathering: Gathering,
 }
 
 /// How an opening ends well.
@@ -134,6 +137,7 @@ impl<'a> Session<'a> {
             watch,
             ahead,
             writing,
+            gathering: Gathering::default(),
         });
         session.start_copier(report);
         Ok(Opened::Session(session))
@@ -191,6 +195,7 @@ impl<'a> Session<'a> {
             watch: Watch::new(None, BTreeMap::new()),
             ahead: ReadingAhead::never(),
             writing: WriterThread::never(),
+            gathering: Gathering::default(),
         })
     }
 

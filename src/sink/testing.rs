@@ -67,6 +67,7 @@ pub fn job(folder: &Path) -> Job {
             bucket_from: crate::job::BucketFrom::EventTime,
             beyond_window: crate::job::BeyondWindow::Check,
             on_missing_keys: crate::job::OnMissingKeys::Stop,
+            probe_records_max: None,
             key: vec!["event_id".to_owned()],
             window: Duration::from_secs(7 * 86_400),
             repeats: Repeats::AnyTime,

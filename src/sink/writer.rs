@@ -390,10 +390,8 @@ impl TableWriter {
     ) -> Result<Vec<DataFile>, WriteError> {
         let mut writer = self.open_file(&partition.values).await?;
         for piece in partition.pieces {
-            let batches = waiting.read(piece).map_err(|source| not_laid_aside(&self.table, source))?;
-            for rows in batches {
-                writer.write(rows).await.map_err(|error| self.of_storage(error))?;
-            }
+            let rows = waiting.read(piece).map_err(|source| not_laid_aside(&self.table, source))?;
+            writer.write(rows).await.map_err(|error| self.of_storage(error))?;
         }
         writer.close().await.map_err(|error| self.of_storage(error))
     }

@@ -12,9 +12,9 @@ use tidemill::stop::{Reason, Stop};
 use super::{BEGIN_MS, Small};
 
 /// Events of each wave; the second half repeats the ids of the first.
-const EVENTS: u64 = 2_400;
+pub(super) const EVENTS: u64 = 2_400;
 /// So large that a microbatch in the least memory has several probe batches.
-const PADDING_BYTES: usize = 20_000;
+pub(super) const PADDING_BYTES: usize = 20_000;
 
 #[derive(Default)]
 struct Commits(Vec<Counts>);
@@ -27,26 +27,28 @@ impl Report for Commits {
     }
 }
 
-struct Ran {
-    ended: Result<Summary, Stop>,
-    commits: Vec<Counts>,
-    profile: ProfileReport,
+pub(super) struct Ran {
+    pub(super) ended: Result<Summary, Stop>,
+    pub(super) commits: Vec<Counts>,
+    pub(super) profile: ProfileReport,
 }
 
 /// A job whose topic holds a wave of large events.
-fn large_events() -> Small {
+pub(super) fn large_events() -> Small {
     large_events_from(BEGIN_MS)
+}
+
+/// The broker of the tests keeps a few megabytes only.
+pub(super) fn compressing_producer(job: &Small) -> BaseProducer {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", job.broker.bootstrap()).set("compression.type", "zstd");
+    config.create().unwrap()
 }
 
 /// The same, a millisecond of event time after the other.
 fn large_events_from(begin_ms: i64) -> Small {
     let job = Small::new("window = \"1 hour\"");
-    // The broker of the tests keeps a few megabytes only.
-    let producer: BaseProducer = ClientConfig::new()
-        .set("bootstrap.servers", job.broker.bootstrap())
-        .set("compression.type", "zstd")
-        .create()
-        .unwrap();
+    let producer = compressing_producer(&job);
     let padding = "x".repeat(PADDING_BYTES);
     for number in 0..EVENTS {
         let (id, ts) = (number % (EVENTS / 2), begin_ms + number as i64);
@@ -58,11 +60,16 @@ fn large_events_from(begin_ms: i64) -> Small {
     job
 }
 
-fn run(job: &Small, sets: &[&str], options: RunOptions) -> Ran {
+pub(super) fn run(job: &Small, sets: &[&str], options: RunOptions) -> Ran {
     let options = RunOptions { job_shown: "job.toml".into(), ..options };
     let mut commits = Commits::default();
     let ended = job.runtime.block_on(pipeline::run(&job.load(sets), &options, &mut commits));
     Ran { ended, commits: commits.0, profile: options.profile.report(false) }
+}
+
+/// Seconds in which the run itself stood in a stage.
+pub(super) fn stage_seconds(profile: &ProfileReport, stage: Stage) -> f64 {
+    profile.stages.iter().filter(|time| time.stage == stage).map(|time| time.line.seconds()).sum()
 }
 
 /// Seconds in which a stage was worked at beside the run.
@@ -196,6 +203,7 @@ fn the_stages_of_a_profile_add_up_to_the_run_and_its_json_names_them() {
             "decode",
             "read_ahead",
             "probe",
+            "aside",
             "write",
             "state",
             "commit",

@@ -16,7 +16,7 @@ use tidemill::pipeline::report::Unheard;
 use super::start_table::{options, yes};
 use super::{BEGIN_MS, MINUTE_MS, Small};
 
-const SIDE: &str = "event_time.late=side";
+pub(super) const SIDE: &str = "event_time.late=side";
 const DROP: &str = "event_time.late=drop";
 const UNPROVEN: &str = "dedup.beyond_window=side";
 
@@ -25,7 +25,7 @@ type LateRow = (String, Option<i64>, bool, i64);
 
 impl Small {
     /// Rows of the late table, sorted; none if there is no such table.
-    fn late_rows(&self) -> Vec<LateRow> {
+    pub(super) fn late_rows(&self) -> Vec<LateRow> {
         let job = self.load(&[]).job;
         let columns =
             ["event_id", "_tidemill_watermark", "_tidemill_unproven", "_tidemill_batch"].map(str::to_owned);

@@ -9,6 +9,7 @@ mod continuous;
 mod copies;
 #[cfg(feature = "faults")]
 mod deaths;
+mod gather;
 mod late;
 mod requeue;
 mod savepoints;

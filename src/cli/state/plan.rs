@@ -127,11 +127,11 @@ fn build(args: &PlanArgs) -> Result<StatePlan, Stop> {
     let shares_of_job = loaded.as_ref().map(pipeline::plan_memory).transpose()?;
     let memory_of_job = shares_of_job.as_ref().map(|shares| shares.dedup_lookup_bytes() as f64);
     let memory_bytes = args.memory.or(memory_of_job).unwrap_or(job::MEMORY_BYTES_DEFAULT as f64);
-    // What is looked up together is bounded by the memory of the rows, not only by the microbatch.
-    let batch_of_job = loaded
-        .as_ref()
-        .zip(shares_of_job)
-        .map(|(loaded, shares)| loaded.job.microbatch.records_max.min(shares.probe_records_max()) as f64);
+    // What is looked up together is bounded by the memory of keys, not only by the microbatch.
+    let batch_of_job = loaded.as_ref().zip(shares_of_job).map(|(loaded, shares)| {
+        let said = loaded.job.dedup.probe_records_max.map_or(u64::MAX, std::num::NonZeroU64::get);
+        loaded.job.microbatch.records_max.min(said).min(shares.gathered_keys_max(0)) as f64
+    });
     let job = loaded.as_ref().map(|loaded| &loaded.job);
     let base = Workload {
         keys: KEYS_SHOWN[0],

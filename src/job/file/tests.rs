@@ -439,6 +439,7 @@ fn every_class_of_mistake_is_named_with_its_way_out() {
             "14:10: shards is 3\n15:11: repeats is the string \"anytime\"\nhelp: did you mean \"any_time\"?",
         ),
         ("[dedup]", "[dedup]\nshards = 8192", "14:10: shards is 8192"),
+        ("[dedup]", "[dedup]\nmax_probe_records = 0", "14:21: max_probe_records is 0"),
         (
             "",
             "[microbatch]\nmax_records = 0\nmax_bytes = \"1 MiB\"\nmax_interval = \"0s\"",

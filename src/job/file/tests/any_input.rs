@@ -80,6 +80,7 @@ fn field_path() -> impl Strategy<Value = String> {
         "dedup.id_column",
         "dedup.beyond_window",
         "dedup.on_missing_keys",
+        "dedup.max_probe_records",
         "microbatch",
         "microbatch.max_records",
         "microbatch.max_bytes",
