@@ -24,6 +24,8 @@ from pyiceberg.types import LongType, NestedField, StringType, TimestamptzType
 DAY_MS = 24 * 3600 * 1000
 # the table's rows lie in so many whole days, which a window of seven holds with the events that follow
 TABLE_DAYS = 5
+# how long a record batch is filled, at most
+LINGER_MS = 20
 # what a producer sends at most; brokers of the tests take more
 RECORD_BYTES_MAX = 8 << 20
 ROWS_PER_CHUNK = 1_000_000
@@ -161,12 +163,14 @@ def events_of(stream: Stream) -> Iterator[pa.Table]:
         ).to_arrow_table()
 
 
-def send(bootstrap: str, topic: str, partitions: int, stream: Stream, compression: str) -> int:
+def send(
+    bootstrap: str, topic: str, partitions: int, stream: Stream, compression: str, linger_ms: int = LINGER_MS
+) -> int:
     """Sends the stream in its order, round robin over the topic partitions; the bytes of all payloads."""
     failures: list[KafkaError] = []
     producer = Producer(
         {
-            "bootstrap.servers": bootstrap, "linger.ms": 20, "batch.size": 1 << 20, "acks": "all",
+            "bootstrap.servers": bootstrap, "linger.ms": linger_ms, "batch.size": 1 << 20, "acks": "all",
             "compression.type": compression, "queue.buffering.max.messages": 2_000_000, "message.max.bytes": RECORD_BYTES_MAX,
             "on_delivery": lambda error, _message: failures.append(error) if error is not None else None,
         }

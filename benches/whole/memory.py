@@ -1,6 +1,7 @@
 """Peaks of memory: never above the job's number, and alive under a hard limit of the same size that counts the page cache.
 
-Each load is a topic of its own that is read once for each number. DuckDB compares the rows with what was sent.
+Each load is a topic of its own that is read once for each number. DuckDB compares the rows with what was sent. Where commits
+take long, the table's catalog is a REST server behind a proxy that holds each of them back.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from limit import NO_LIMIT
 from shared import (
     PARTITIONS,
     TABLE,
+    Job,
     broker_in,
     bytes_of,
     days_ago,
@@ -27,9 +30,12 @@ from shared import (
     rates,
     run_of,
     say,
+    slow_catalog,
 )
 
 MEMORY = "256MiB,1GiB"
+# a commit that takes long, of a load that asks for it
+COMMIT_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Load:
     stream: events.Stream
     partitions: int = PARTITIONS
     compression: str = "lz4"
+    linger_ms: int = events.LINGER_MS
+    has_slow_commits: bool = False
     job: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,6 +66,10 @@ def loads(share: float) -> dict[str, Load]:
         "large": Load(stream(2e5, begin_ms, large_every=500, large_bytes=5_000_000), **large),
         "zstd": Load(stream(1e5, begin_ms, **letters), compression="zstd"),
         "gzip": Load(stream(1e5, begin_ms, **letters), compression="gzip"),
+        # record batches that are full, of more topic partitions than memory has room for one of each
+        "zstd_partitions": Load(
+            stream(2e5, begin_ms, **letters), partitions=256, compression="zstd", linger_ms=2000, has_slow_commits=True
+        ),
         "days": Load(days, job={"window": "410 days"}),
     }
 
@@ -70,8 +82,19 @@ def log_bytes(broker_folder: Path, topic: str) -> int:
 def row_of(folder: Path, bootstrap: str, name: str, load: Load, memory: str) -> dict[str, Any]:
     """One run under one number. A run that fails is a row too."""
     most = bytes_of(memory)
-    job = job_of(folder, name, bootstrap, f"{most >> 20} MiB", topic=name, **load.job)
-    run = run_of(job, memory)
+    its_catalog = slow_catalog(folder / "catalog", COMMIT_SECONDS) if load.has_slow_commits else nullcontext({})
+    with its_catalog as catalog:
+        job = job_of(folder, name, bootstrap, f"{most >> 20} MiB", topic=name, catalog=catalog, **load.job)
+        row = run_and_check(job, name, load, memory)
+    # the disk is for one load at a time
+    shutil.rmtree(job.folder)
+    shutil.rmtree(folder / "catalog", ignore_errors=True)
+    return row
+
+
+def run_and_check(job: Job, name: str, load: Load, memory: str) -> dict[str, Any]:
+    """What came of it."""
+    most, run = bytes_of(memory), run_of(job, memory)
     row = {"load": name, "memory": memory, "exit_code": run.exit_code, **rates(run, load.stream)}
     # a run that nothing limits shows half of it
     row["within"] = run.limit != NO_LIMIT and run.peak_rss_bytes <= most
@@ -80,8 +103,6 @@ def row_of(folder: Path, bootstrap: str, name: str, load: Load, memory: str) -> 
     else:
         row |= {"last_line": run.events[-1:], "stderr": run.stderr[-1000:]}
     say(f"{name} in {memory}: {row}")
-    # the disk is for one load at a time
-    shutil.rmtree(job.folder)
     return row
 
 
@@ -96,7 +117,7 @@ def main() -> None:
     with broker_in(asked.folder) as (folder, broker):
         for name in asked.load.split(","):
             load = known[name]
-            payload_bytes = fill_topic(broker, name, load.partitions, load.stream, load.compression)
+            payload_bytes = fill_topic(broker, name, load.partitions, load.stream, load.compression, load.linger_ms)
             topic = {
                 "events": load.stream.events, "topic_partitions": load.partitions, "compression": load.compression,
                 "log_bytes": log_bytes(broker.folder, name), "payload_bytes": payload_bytes,

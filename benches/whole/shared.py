@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests"), str(HERE.parents[1] /
 import events  # noqa: E402
 from job import Job, binary  # noqa: E402
 from limit import Measured, measured  # noqa: E402
-from services import Broker  # noqa: E402
+from services import Broker, Fault, Proxy, RestCatalog  # noqa: E402
 
 PARTITIONS = 4
 TOPIC = "events"
@@ -77,11 +77,26 @@ def broker_in(folder: str | None) -> Iterator[tuple[Path, Broker]]:
         yield Path(name), broker
 
 
-def fill_topic(broker: Broker, topic: str, partitions: int, stream: events.Stream, compression: str) -> int:
+@contextmanager
+def slow_catalog(folder: Path, commit_seconds: float) -> Iterator[dict[str, str]]:
+    """A REST catalog whose commits take so long, as a job names it."""
+    with RestCatalog(folder) as catalog, Proxy(catalog.port, "http") as proxy:
+        proxy.inject(Fault("delay", r"POST .*/tables/", times=None, delay_s=commit_seconds))
+        yield {"type": "rest", "uri": f"http://127.0.0.1:{proxy.port}", "warehouse": catalog.warehouse}
+
+
+def fill_topic(
+    broker: Broker,
+    topic: str,
+    partitions: int,
+    stream: events.Stream,
+    compression: str,
+    linger_ms: int = events.LINGER_MS,
+) -> int:
     """Makes a topic and sends the stream; the bytes of its payloads."""
     broker.create_topic(topic, partitions)
     begun = time.monotonic()
-    payload_bytes = events.send(broker.bootstrap, topic, partitions, stream, compression)
+    payload_bytes = events.send(broker.bootstrap, topic, partitions, stream, compression, linger_ms)
     sent = events.records_in(broker.bootstrap, topic, partitions)
     say(f"topic {topic}: {sent} events, {payload_bytes} bytes after {time.monotonic() - begun:.0f} s")
     return payload_bytes
