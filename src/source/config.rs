@@ -5,12 +5,12 @@
 //!    by themselves, an offset out of range is an error, only committed records are read, checksums are verified.
 //! 2. Nothing here is printed: not the configuration, not a refused value, not the client's text about one.
 //!
-//! Bounds: [`QueueSizes`] splits the client's share of the memory budget over the topic partitions that are read.
-//! librdkafka's limits are soft: a queue below them takes its part of one more response, whose size is limited as it is on
-//! the wire, compressed. The split leaves half for one response at a compression of [`COMPRESSION_MAX`]: it is decompressed
-//! as a whole. At twice that it takes the whole share, which the other shares, never full at once, have left free in every
-//! measurement (benches/whole/memory.py). Not bounded: a response of each of several brokers, and queues that all fill
-//! while nobody reads, each with a part of its own: hundreds of topic partitions, in a commit that takes seconds.
+//! Bounds: [`QueueSizes`] splits the client's share of the memory budget. All topic partitions that are read share one queue,
+//! so its limits are those of all of them, however many they are. The limits are soft: a queue below them takes one more
+//! response of each broker, whose size is limited as it is on the wire, compressed. The split leaves half for one response
+//! at a compression of [`COMPRESSION_MAX`]: it is decompressed as a whole. At twice that it takes the whole share, which the
+//! other shares, never full at once, have left free in every measurement (benches/whole/memory.py). Not bounded: a response
+//! of each of several brokers, and a single record batch that is larger than a response.
 
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
@@ -21,7 +21,7 @@ use crate::source::error::SourceError;
 
 /// Bytes that a queued record costs beside its key and payload: librdkafka's operation and its allocation.
 const RECORD_OVERHEAD_BYTES: u64 = 512;
-/// Fewest queued records per topic partition: a fetch always brings some.
+/// Fewest queued records: a fetch always brings some.
 const QUEUED_RECORDS_MIN: u64 = 16;
 /// A log that is compressed better than this takes more memory by as much: 16,000 equal letters beside an event's 300 bytes are
 /// compressed two hundredfold. Smaller responses would hold that too, and read a twentieth slower.
@@ -37,7 +37,7 @@ const RESPONSE_BYTES_MAX: u64 = 52_428_800;
 const RECEIVE_BYTES_DEFAULT: u64 = 100_000_000;
 /// Room for the protocol around a record or response.
 const PROTOCOL_BYTES: u64 = 1 << 20;
-/// How long a topic partition whose queue is full waits before it looks again. librdkafka's default of a second
+/// How long a topic partition waits before it looks again where the queue is full. librdkafka's default of a second
 /// would starve small queues.
 const FULL_QUEUE_BACKOFF_MS: u32 = 10;
 /// How long a broker holds a request at the end of the log: the delay of the last end event of a drain.
@@ -69,9 +69,9 @@ pub(super) fn wait_at_the_end(config: &mut ClientConfig) {
 /// Sizes of the client's queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct QueueSizes {
-    /// Records after which a topic partition's queue is full.
+    /// Records after which the queue is full.
     pub queued_records: u64,
-    /// KiB of payload after which a topic partition's queue is full.
+    /// KiB of payload after which the queue is full.
     pub queued_kib: u64,
     /// Bytes asked for per topic partition and request.
     pub fetch_bytes: u64,
@@ -82,8 +82,8 @@ pub(super) struct QueueSizes {
 }
 
 impl QueueSizes {
-    /// Splits `queue_bytes` over `topic_partitions` queues: a quarter for payload, a quarter for what records cost
-    /// beside it, half for the response that may come on top, decompressed.
+    /// Splits `queue_bytes`: a quarter for payload, a quarter for what records cost beside it, half for the response that
+    /// may come on top, decompressed, of which each of the `topic_partitions` may take a part.
     pub fn plan(queue_bytes: u64, topic_partitions: usize, record_bytes_max: u64) -> Self {
         let share = queue_bytes / (topic_partitions.max(1) as u64);
         let response_bytes =
@@ -92,8 +92,8 @@ impl QueueSizes {
         let receive_bytes = (response_bytes + record_bytes_max.saturating_mul(2) + PROTOCOL_BYTES)
             .clamp(RECEIVE_BYTES_DEFAULT, i32::MAX as u64);
         Self {
-            queued_records: (share / 4 / RECORD_OVERHEAD_BYTES).clamp(QUEUED_RECORDS_MIN, 10_000_000),
-            queued_kib: (share / 4 / 1024).clamp(1, 2_097_151),
+            queued_records: (queue_bytes / 4 / RECORD_OVERHEAD_BYTES).clamp(QUEUED_RECORDS_MIN, 10_000_000),
+            queued_kib: (queue_bytes / 4 / 1024).clamp(1, 2_097_151),
             fetch_bytes,
             response_bytes,
             receive_bytes,
@@ -221,18 +221,20 @@ mod tests {
     }
 
     #[test]
-    fn queues_of_all_topic_partitions_fit_the_budget_and_a_large_record_is_still_received() {
+    fn the_queue_of_all_topic_partitions_fits_the_budget_and_a_large_record_is_still_received() {
         for partitions in [1, 2, 32, 1_000] {
             for queue_bytes in [32 << 20, 256 << 20, 1 << 30] {
                 let sizes = QueueSizes::plan(queue_bytes, partitions, 64 << 20);
-                let heads = sizes.queued_records * RECORD_OVERHEAD_BYTES;
-                let queued = (sizes.queued_kib * 1024 + heads) * partitions as u64;
+                let queued = sizes.queued_kib * 1024 + sizes.queued_records * RECORD_OVERHEAD_BYTES;
                 assert!(queued + sizes.response_bytes * COMPRESSION_MAX <= queue_bytes, "{sizes:?}");
-                // The parts that full queues have on top, where the least part does not break it: see the module.
-                let parts = sizes.fetch_bytes * partitions as u64;
-                assert!(queued + parts <= queue_bytes || sizes.fetch_bytes == FETCH_BYTES_MIN, "{sizes:?}");
+                assert!(sizes.fetch_bytes <= sizes.response_bytes, "{sizes:?}");
                 assert!(sizes.receive_bytes > 64 << 20);
                 assert!(sizes.receive_bytes >= sizes.response_bytes + 512);
+                let of_one = QueueSizes::plan(queue_bytes, 1, 64 << 20);
+                assert_eq!(
+                    (sizes.queued_records, sizes.queued_kib),
+                    (of_one.queued_records, of_one.queued_kib)
+                );
             }
         }
     }

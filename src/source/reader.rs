@@ -1,9 +1,10 @@
-//! Reading: records of all assigned topic partitions, in turns, up to limits and frozen ends.
+//! Reading: records of all assigned topic partitions, in the order in which they arrive, up to limits and frozen ends.
 //!
-//! Flow: slots ([`Slot::head`] gives what stands next) -> limits -> copy into the chunk
+//! Flow: queue -> the slot of the event at its head ([`Slot::look`]) -> limits -> copy into the chunk
 //!
-//! A record that does not fit into a chunk stays at the head of its queue, so cuts may fall anywhere. A topic partition
-//! that is finished is not looked at again: its queue fills to its bound and librdkafka stops fetching.
+//! A record that does not fit into a chunk stays at the head of the queue, so cuts may fall anywhere. What arrives of a topic
+//! partition that is finished is let go, and librdkafka is told to fetch no more of it; is its end moved, a new client
+//! reads on. librdkafka asks for the topic partitions in a circle, so none is left out for long.
 //!
 //! librdkafka does not stop at a record batch that fails its checksum: it reports it and goes on behind it, and where it
 //! then misreads a length it even jumps to an offset that never was (2.12.1, `rdkafka_msgset_reader.c`, "Propagate CRC
@@ -32,12 +33,12 @@ use crate::source::client::KafkaClient;
 use crate::source::config::{QueueSizes, wait_at_the_end};
 use crate::source::connection::{Connection, client_error, code_of, is_unknown_topic, not_authorized};
 use crate::source::error::SourceError;
-use crate::source::queue::{PartitionQueue, Wake};
+use crate::source::queue::{Kept, Wake};
 use crate::source::ranges::{Loss, LostRange};
 
 mod slot;
 
-use slot::{Fault, Next, Slot};
+use slot::{Fault, Next, Queue, Slot};
 pub use slot::{ReadPlan, Tail, tail_hash};
 
 /// How long a topic partition may give neither a record nor its end.
@@ -45,8 +46,8 @@ pub const STALL_AFTER_DEFAULT: Duration = Duration::from_secs(60);
 /// So much longer for each other one: a response may hold one topic partition alone, librdkafka begins each request with the
 /// next one in a circle, and a request that names a thousand takes a loaded broker 60 to 90 ms.
 const PATIENCE_PER_OTHER: Duration = Duration::from_millis(250);
-/// Most records of one topic partition in a turn.
-const TURN_RECORDS_MAX: usize = 512;
+/// Most events between two looks at the clock.
+const ROUND_EVENTS_MAX: usize = 4096;
 /// Longest wait before the queues are looked at again, whether woken or not.
 const WAIT_MAX: Duration = Duration::from_millis(50);
 /// The same where every topic partition stands at the end of a log that is followed for ever: a topic at rest costs
@@ -101,8 +102,9 @@ pub enum ReadStatus {
 
 /// Reads the topic partitions of a plan. One thread at a time; may be moved between threads.
 pub struct Reader {
-    // Queues before the client: dropped first.
     slots: Vec<Slot>,
+    // Before the client: dropped first.
+    queue: Option<Queue>,
     client: Option<KafkaClient>,
     /// Whether a client is to be started before anything is read: there was a fault, or none could be started.
     needs_client: bool,
@@ -112,8 +114,8 @@ pub struct Reader {
     record_bytes_max: u64,
     options: ReaderOptions,
     brokers: String,
-    /// The slot whose turn is next.
-    turn: usize,
+    /// What is kept while tails are compared, at most.
+    kept_max: Kept,
     /// Time spent in this reader so far, against which silence is measured.
     time_read: Duration,
 }
@@ -123,17 +125,6 @@ impl std::fmt::Debug for Reader {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         out.debug_struct("Reader").field("slots", &self.slots.len()).field("lag", &self.lag_left()).finish()
     }
-}
-
-/// What a turn of one slot came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    /// Nothing stood in the queue.
-    Idle,
-    /// Records were taken or the slot finished.
-    Moved,
-    /// The chunk is full.
-    Full,
 }
 
 impl Reader {
@@ -164,6 +155,7 @@ impl Reader {
         }
         let mut reader = Self {
             slots,
+            queue: None,
             client: None,
             needs_client: true,
             wake: Arc::new(Wake::default()),
@@ -172,7 +164,7 @@ impl Reader {
             record_bytes_max: connection.record_bytes_max,
             options,
             brokers: connection.brokers.clone(),
-            turn: 0,
+            kept_max: Kept::default(),
             time_read: Duration::ZERO,
         };
         reader.start_client()?;
@@ -189,6 +181,7 @@ impl Reader {
     pub fn reassign(&mut self, connection: &Connection, plan: Vec<ReadPlan>) -> Result<(), SourceError> {
         // First, so that two clients never hold full queues.
         self.slots.clear();
+        self.queue = None;
         self.client = None;
         *self = Self::assign(connection, plan, self.options)?;
         Ok(())
@@ -201,26 +194,31 @@ impl Reader {
             slot.at_end = false;
             slot.moved_at = self.time_read;
         }
-        let queues = self.slots.iter().filter(|slot| slot.is_needed()).count();
-        if queues == 0 {
+        let needed = self.slots.iter().filter(|slot| slot.is_needed()).count();
+        if needed == 0 {
             self.needs_client = false;
             return Ok(());
         }
         let queue_bytes = self.queue_bytes / u64::from(self.options.queue_parts.max(1));
-        QueueSizes::plan(queue_bytes, queues, self.record_bytes_max).apply(&mut self.config);
+        let sizes = QueueSizes::plan(queue_bytes, needed, self.record_bytes_max);
+        sizes.apply(&mut self.config);
+        self.kept_max = Kept { events: sizes.queued_records, bytes: sizes.queued_kib * 1024 };
         let client = KafkaClient::start(&self.config)?;
         let mut assignment = TopicPartitionList::new();
         for slot in self.slots.iter_mut().filter(|slot| slot.is_needed()) {
             let TopicPartition { topic, partition } = &slot.topic_partition;
-            // Before `assign`, so that no event comes by the common queue.
-            slot.queue = PartitionQueue::open(client.consumer(), topic, *partition, &self.wake);
-            if slot.queue.is_none() {
-                let problem = format!("no queue for {}", slot.topic_partition);
-                return Err(SourceError::Client { doing: "assigning", problem });
-            }
             assignment
                 .add_partition_offset(topic, *partition, Offset::Offset(slot.fetch_from()))
                 .map_err(|error| client_error("assigning", &error))?;
+            (slot.is_fed, slot.is_fetched) = (true, true);
+        }
+        let needed = self.slots.iter().enumerate().filter(|(_, slot)| slot.is_needed());
+        let named = needed.map(|(index, slot)| (index, &slot.topic_partition));
+        // Before `assign`, so that no event comes by the common queue.
+        self.queue = Queue::open(client.consumer(), named, &self.wake);
+        if self.queue.is_none() {
+            let problem = "a topic partition has no queue".to_owned();
+            return Err(SourceError::Client { doing: "assigning", problem });
         }
         client.consumer().assign(&assignment).map_err(|error| client_error("assigning", &error))?;
         self.client = Some(client);
@@ -228,13 +226,14 @@ impl Reader {
         Ok(())
     }
 
-    /// Lets client and queues go, with every event in them. The next read starts a client.
+    /// Lets client and queue go, with every event in it. The next read starts a client.
     fn let_client_go(&mut self) {
+        self.keep_tails();
         for slot in &mut self.slots {
-            slot.keep_tail();
-            slot.queue = None;
+            (slot.is_fed, slot.is_fetched) = (false, false);
             mutant!("new-client-compares-nothing", () => slot.begin_anew());
         }
+        self.queue = None;
         self.client = None;
         self.needs_client = true;
     }
@@ -244,48 +243,97 @@ impl Reader {
     }
 
     /// Waits until the last consumed record of every topic partition was compared or found to be gone, and nothing else
-    /// stands before its start. Records that arrive meanwhile are kept for [`Reader::read`].
+    /// stands before its start. Records that arrive meanwhile are kept for [`Reader::read`]; where they are too many for their
+    /// share of memory they are fetched again.
     ///
     /// # Errors
     /// [`SourceError::TailDiffers`] lists every topic partition whose record differs; [`SourceError::Stalled`] if `timeout`
     /// passes in which none moved; otherwise as [`Reader::read`].
     pub fn verify_tails(&mut self, timeout: Duration) -> Result<(), SourceError> {
         self.ensure_client()?;
+        let compared = self.compare_tails(timeout);
+        if let Some(queue) = &mut self.queue {
+            queue.put_back();
+        }
+        if self.slots.iter().any(|slot| slot.is_needed() && !slot.is_fed) {
+            // Compared once more as they are read, like the tails of every new client.
+            self.let_client_go();
+        }
+        compared?;
+        self.ensure_client()
+    }
+
+    fn compare_tails(&mut self, timeout: Duration) -> Result<(), SourceError> {
         let begun = self.time_read;
+        let mut keeps = true;
         // By name: who meets a new client on the way is compared twice.
         let mut differing = BTreeMap::new();
-        loop {
-            let mut waiting = None;
-            for index in 0..self.slots.len() {
-                if self.slots[index].unchecked.is_none() {
-                    continue;
-                }
-                match self.slots[index].head(self.time_read) {
-                    Ok(_) => {}
-                    Err(Fault::TailDiffers { offset }) => {
-                        let slot = &mut self.slots[index];
-                        slot.unchecked = None;
-                        differing.insert(slot.topic_partition.clone(), offset);
-                    }
-                    Err(fault) => self.resolve(index, fault)?,
-                }
-                if self.slots[index].unchecked.is_some() {
-                    waiting = Some(index);
-                }
+        while let Some(index) = self.slots.iter().position(|slot| slot.unchecked.is_some()) {
+            let round_begun = Instant::now();
+            let mut moved = false;
+            for _ in 0..ROUND_EVENTS_MAX {
+                let Some(index) = self.arrived()? else { break };
+                self.compare_or_keep(index, &mut differing, &mut keeps)?;
+                moved = true;
             }
-            let Some(index) = waiting else { break };
+            self.time_read += round_begun.elapsed();
+            if !keeps {
+                self.stop_fetching(|slot| slot.unchecked.is_none());
+            }
             // Since any of them moved: where they are many, they stand in a line.
             let moved_at = self.slots.iter().map(|slot| slot.moved_at).fold(begun, Duration::max);
             let silent = self.time_read.saturating_sub(moved_at);
             if silent >= timeout {
                 return Err(self.stalled(index, silent));
             }
-            self.wait(timeout.saturating_sub(silent))?;
+            if moved {
+                self.serve()?;
+            } else {
+                self.wait(timeout.saturating_sub(silent))?;
+            }
         }
         if differing.is_empty() {
             return Ok(());
         }
+        self.let_client_go();
         Err(SourceError::TailDiffers { places: differing.into_iter().collect() })
+    }
+
+    /// Compares what arrived with its slot's tail, or keeps it for later.
+    fn compare_or_keep(
+        &mut self,
+        index: usize,
+        differing: &mut BTreeMap<TopicPartition, i64>,
+        keeps: &mut bool,
+    ) -> Result<(), SourceError> {
+        let (slot, Some(queue)) = (&mut self.slots[index], &mut self.queue) else { return Ok(()) };
+        if slot.unchecked.is_some() {
+            match slot.look(queue, self.time_read) {
+                Ok(Next::Record | Next::Finished) => {}
+                Ok(Next::Passed) => return Ok(()),
+                Err(Fault::TailDiffers { offset }) => {
+                    slot.unchecked = None;
+                    differing.insert(slot.topic_partition.clone(), offset);
+                }
+                Err(fault) => return self.resolve(index, fault),
+            }
+        }
+        // Everything behind it is kept as it is, so that it is looked at in order.
+        if *keeps && slot.is_needed() && slot.is_fed {
+            let kept = queue.keep();
+            if kept.events <= self.kept_max.events && kept.bytes <= self.kept_max.bytes {
+                return Ok(());
+            }
+            *keeps = false;
+            queue.drop_kept();
+            for slot in self.slots.iter_mut().filter(|slot| slot.unchecked.is_none()) {
+                slot.is_fed = false;
+            }
+            return Ok(());
+        }
+        queue.drop_head();
+        slot.is_fed = false;
+        Ok(())
     }
 
     /// Moves frozen ends forward, so that a reader that was exhausted reads on. An end that is not beyond the one that it has
@@ -294,15 +342,15 @@ impl Reader {
     /// # Errors
     /// [`SourceError::Client`] if a topic partition that was never read needs a client and it refuses.
     pub fn extend(&mut self, ends: &BTreeMap<TopicPartition, NextOffset>) -> Result<(), SourceError> {
-        let mut lacks_queue = false;
+        let mut is_fed = true;
         for slot in &mut self.slots {
             let Some(&end) = ends.get(&slot.topic_partition).filter(|end| **end > slot.end) else { continue };
             slot.end = end;
             (slot.finished, slot.at_end) = (false, false);
             slot.moved(self.time_read);
-            lacks_queue |= slot.queue.is_none();
+            is_fed &= slot.is_fed;
         }
-        if lacks_queue { self.start_client() } else { Ok(()) }
+        if is_fed { Ok(()) } else { self.start_client() }
     }
 
     /// Divides the queues' memory with other readers from now on. What was fetched and not read is fetched again.
@@ -319,8 +367,7 @@ impl Reader {
 
     /// Appends records to the chunk until a limit, the deadline, or the frozen end of every topic partition.
     ///
-    /// Topic partitions take turns of at most 512 records. Tails that were not compared by
-    /// [`Reader::verify_tails`] are compared here.
+    /// Tails that were not compared by [`Reader::verify_tails`] are compared here.
     ///
     /// # Errors
     /// Nothing at or after [`Reader::positions`] was delivered, so a new reader from there goes on.
@@ -329,30 +376,35 @@ impl Reader {
     /// [`SourceError::Away`]: try again later. Whatever it is, the next call meets it again if it lasts.
     pub fn read(&mut self, chunk: &mut RecordChunk, limits: ReadLimits) -> Result<ReadStatus, SourceError> {
         self.ensure_client()?;
-        let status = self.read_in_turns(chunk, limits);
-        for slot in &mut self.slots {
-            slot.keep_tail();
-        }
+        let status = self.read_arriving(chunk, limits);
+        self.keep_tails();
         status
     }
 
-    /// Waits until a record stands at the head of a queue, and leaves it there; `false` if the deadline passed first.
+    fn keep_tails(&mut self) {
+        let Some(queue) = &mut self.queue else { return };
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            slot.keep_tail(index, queue);
+        }
+    }
+
+    /// Waits until a record stands at the head of the queue, and leaves it there; `false` if the deadline passed first.
     ///
     /// # Errors
     /// As [`Reader::read`].
     pub fn await_record(&mut self, deadline: Instant) -> Result<bool, SourceError> {
         self.ensure_client()?;
         loop {
-            for index in 0..self.slots.len() {
-                if !self.slots[index].is_needed() {
-                    continue;
-                }
-                match self.slots[index].head(self.time_read) {
+            let mut moved = false;
+            for _ in 0..ROUND_EVENTS_MAX {
+                let Some(index) = self.arrived()? else { break };
+                moved = true;
+                match self.look(index) {
                     Ok(Next::Record) => {
                         self.slots[index].moved(self.time_read);
                         return Ok(true);
                     }
-                    Ok(Next::Nothing | Next::Finished) => {}
+                    Ok(Next::Passed | Next::Finished) => {}
                     Err(fault) => self.resolve(index, fault)?,
                 }
             }
@@ -360,7 +412,12 @@ impl Reader {
             if now >= deadline {
                 return Ok(false);
             }
-            self.wait(deadline - now)?;
+            if moved {
+                self.stop_fetching(|slot| !slot.is_needed());
+                self.serve()?;
+            } else {
+                self.wait(deadline - now)?;
+            }
             self.check_stall()?;
         }
     }
@@ -377,29 +434,31 @@ impl Reader {
         if renewed { self.start_client() } else { Ok(()) }
     }
 
-    fn read_in_turns(
+    fn read_arriving(
         &mut self,
         chunk: &mut RecordChunk,
         limits: ReadLimits,
     ) -> Result<ReadStatus, SourceError> {
         loop {
+            if !self.is_anything_needed() {
+                return Ok(ReadStatus::Exhausted);
+            }
             let round_begun = Instant::now();
             let mut moved = false;
-            for _ in 0..self.slots.len() {
-                let index = self.turn;
-                match self.take_turn(index, chunk, limits) {
-                    // The slot keeps its turn for the next chunk.
-                    Ok(Turn::Full) if self.slots.iter().any(Slot::is_needed) => return Ok(ReadStatus::Full),
-                    Ok(Turn::Full) => return Ok(ReadStatus::Exhausted),
-                    Ok(turn) => {
-                        moved |= turn == Turn::Moved;
-                        self.turn = (index + 1) % self.slots.len();
-                    }
-                    Err(fault) => self.resolve(index, fault)?,
+            for _ in 0..ROUND_EVENTS_MAX {
+                let Some(index) = self.arrived()? else { break };
+                moved = true;
+                let has_room = match self.take_next(index, chunk, limits) {
+                    Ok(has_room) => has_room,
+                    Err(fault) => self.resolve(index, fault).map(|()| true)?,
+                };
+                // At once: what arrives next may stand behind an end, and it stays in the queue.
+                if !self.slots[index].is_needed() && !self.is_anything_needed() {
+                    return Ok(ReadStatus::Exhausted);
                 }
-            }
-            if !self.slots.iter().any(Slot::is_needed) {
-                return Ok(ReadStatus::Exhausted);
+                if !has_room {
+                    return Ok(ReadStatus::Full);
+                }
             }
             self.time_read += round_begun.elapsed();
             let now = Instant::now();
@@ -407,6 +466,7 @@ impl Reader {
                 return Ok(ReadStatus::DeadlinePassed);
             }
             if moved {
+                self.stop_fetching(|slot| !slot.is_needed());
                 self.serve()?;
             } else {
                 self.wait(limits.deadline - now)?;
@@ -415,42 +475,70 @@ impl Reader {
         }
     }
 
-    /// Takes up to a turn's records of one slot.
-    fn take_turn(
+    fn is_anything_needed(&self) -> bool {
+        self.slots.iter().any(Slot::is_needed)
+    }
+
+    /// The slot of what arrived next. After an error nothing is read on with this client.
+    fn arrived(&mut self) -> Result<Option<usize>, SourceError> {
+        let arrived = self.queue.as_mut().map_or(Ok(None), Queue::next);
+        if arrived.is_err() {
+            self.let_client_go();
+        }
+        arrived
+    }
+
+    /// Looks at what arrived of a slot; lets it go where nothing is to be read of it.
+    fn look(&mut self, index: usize) -> Result<Next, Fault> {
+        let (slot, Some(queue)) = (&mut self.slots[index], &mut self.queue) else { return Ok(Next::Passed) };
+        if slot.is_needed() && slot.is_fed {
+            return slot.look(queue, self.time_read);
+        }
+        queue.drop_head();
+        slot.is_fed = false;
+        Ok(Next::Passed)
+    }
+
+    /// Takes what arrived of a slot. False if the chunk is full, with it or without.
+    fn take_next(
         &mut self,
         index: usize,
         chunk: &mut RecordChunk,
         limits: ReadLimits,
-    ) -> Result<Turn, Fault> {
-        let slot = &mut self.slots[index];
-        if !slot.is_needed() {
-            return Ok(Turn::Idle);
-        }
+    ) -> Result<bool, Fault> {
         let number = u32::try_from(index).expect("a plan has fewer than 2^32 topic partitions");
-        let mut turn = Turn::Idle;
-        for _ in 0..TURN_RECORDS_MAX {
-            match slot.head(self.time_read)? {
-                Next::Nothing => return Ok(turn),
-                Next::Finished => return Ok(Turn::Moved),
-                Next::Record if is_full(chunk, slot, limits) => return Ok(Turn::Full),
-                Next::Record => {
-                    slot.deliver(number, chunk, self.options.headers);
-                    slot.moved(self.time_read);
-                    turn = Turn::Moved;
-                    if slot.next >= slot.end {
-                        slot.finish();
-                    }
-                    // At once, not when the next record shows: it may be long in coming.
-                    if is_at_limit(chunk, limits) {
-                        return Ok(Turn::Full);
-                    }
-                    if slot.finished {
-                        return Ok(turn);
-                    }
+        let next = self.look(index)?;
+        let (slot, Some(queue)) = (&mut self.slots[index], &mut self.queue) else { return Ok(true) };
+        match next {
+            Next::Passed | Next::Finished => Ok(true),
+            Next::Record if is_full(chunk, queue, limits) => Ok(false),
+            Next::Record => {
+                slot.deliver(number, queue, chunk, self.options.headers);
+                slot.moved(self.time_read);
+                if slot.next >= slot.end {
+                    slot.finish();
                 }
+                // At once, not when the next record shows: it may be long in coming.
+                Ok(!is_at_limit(chunk, limits))
             }
         }
-        Ok(turn)
+    }
+
+    /// Has librdkafka fetch no more of the slots that are assigned and of which this is so. What it has fetched is let go.
+    fn stop_fetching(&mut self, is_enough: impl Fn(&Slot) -> bool) {
+        let Some(client) = &self.client else { return };
+        let mut enough = TopicPartitionList::new();
+        for slot in self.slots.iter_mut().filter(|slot| slot.is_fetched && is_enough(slot)) {
+            enough.add_partition(&slot.topic_partition.topic, slot.topic_partition.partition);
+            (slot.is_fetched, slot.is_fed) = (false, false);
+        }
+        if enough.count() == 0 {
+            return;
+        }
+        // Only to spare the work: whatever arrives of them is let go.
+        if let Err(error) = client.consumer().pause(&enough) {
+            tracing::debug!(%error, "topic partitions that are read to their ends are fetched on");
+        }
     }
 
     /// Decides on a fault: an error, or a note and another try. After an error nothing is read on with this client.
@@ -585,7 +673,7 @@ impl Reader {
 
     fn check_stall(&self) -> Result<(), SourceError> {
         let silent = |slot: &Slot| self.time_read.saturating_sub(slot.moved_at);
-        // Those that are finished stand in the line too: the client goes on asking for what may come. While it moves.
+        // While the line moves.
         let stall_after = self.options.stall_after;
         let moves = self.slots.iter().any(|slot| silent(slot) < stall_after);
         let others = u32::try_from(self.slots.len().saturating_sub(1)).unwrap_or(u32::MAX);
@@ -664,12 +752,12 @@ fn is_at_limit(chunk: &RecordChunk, limits: ReadLimits) -> bool {
     chunk.len() >= limits.records_max || chunk.payload_bytes() >= limits.bytes_max
 }
 
-/// Whether the record at the head of a slot is to wait for the next chunk.
-fn is_full(chunk: &RecordChunk, slot: &Slot, limits: ReadLimits) -> bool {
+/// Whether the record at the head is to wait for the next chunk.
+fn is_full(chunk: &RecordChunk, queue: &Queue, limits: ReadLimits) -> bool {
     if is_at_limit(chunk, limits) {
         return true;
     }
-    let Some(record) = slot.queue.as_ref().and_then(PartitionQueue::record) else { return false };
+    let Some(record) = queue.record() else { return false };
     let bytes = record.key().map_or(0, <[u8]>::len) + record.payload().map_or(0, <[u8]>::len);
     !chunk.is_empty() && chunk.payload_bytes() + bytes > limits.bytes_max
 }

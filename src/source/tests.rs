@@ -22,7 +22,7 @@ use crate::offset::{NextOffset, TopicPartition};
 use crate::record::RecordChunk;
 use crate::stop::Reason;
 
-const QUEUE_BYTES: u64 = 16 << 20;
+pub(super) const QUEUE_BYTES: u64 = 16 << 20;
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) type Mock = MockCluster<'static, DefaultProducerContext>;
@@ -35,7 +35,7 @@ pub(super) fn cluster(topics: &[(&str, i32)]) -> Mock {
     cluster
 }
 
-fn job(brokers: String, topics: &[&str]) -> KafkaSource {
+pub(super) fn job(brokers: String, topics: &[&str]) -> KafkaSource {
     KafkaSource {
         topics: topics.iter().map(ToString::to_string).collect(),
         start: StartPosition::Earliest,
@@ -130,7 +130,7 @@ pub(super) fn expected(
     offsets.map(|offset| (slot, offset, format!("{topic}-{partition}-{offset}"))).collect()
 }
 
-fn of_slot(records: &[(u32, i64, String)], slot: u32) -> Vec<(u32, i64, String)> {
+pub(super) fn of_slot(records: &[(u32, i64, String)], slot: u32) -> Vec<(u32, i64, String)> {
     records.iter().filter(|record| record.0 == slot).cloned().collect()
 }
 
@@ -624,6 +624,44 @@ fn thousands_of_records_of_many_topic_partitions_arrive_through_small_queues() {
         assert_eq!(of_slot(&records, slot), expected("t", partition, slot, 0..400));
     }
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn an_end_that_moves_brings_what_was_let_go_behind_the_one_before() {
+    let cluster = cluster(&[("t", 2)]);
+    let sender = producer(cluster.bootstrap_servers());
+    send(&sender, "t", 0, 0..300);
+    send(&sender, "t", 1, 0..2_000);
+    let connection = connect(&cluster, &["t"]);
+    let mut plan = plan(&connection, &BTreeMap::new());
+    plan[0].end = NextOffset::at(20);
+    let mut reader = Reader::assign(&connection, plan, ReaderOptions::default()).unwrap();
+    let mut records = drain(&mut reader, 100, 1 << 20);
+    for end in [20, 21, 300] {
+        let ends = BTreeMap::from([(TopicPartition::new("t", 0), NextOffset::at(end))]);
+        reader.extend(&ends).unwrap();
+        records.extend(drain(&mut reader, 100, 1 << 20));
+        assert_eq!(positions(&reader), [end, 2_000]);
+    }
+    assert_eq!(of_slot(&records, 0), expected("t", 0, 0, 0..300));
+    assert_eq!(of_slot(&records, 1), expected("t", 1, 1, 0..2_000));
+}
+
+#[test]
+fn all_topic_partitions_move_while_one_of_them_has_far_more_than_the_queue_holds() {
+    let cluster = cluster(&[("t", 8)]);
+    let sender = producer(cluster.bootstrap_servers());
+    send(&sender, "t", 0, 0..20_000);
+    (1..8).for_each(|partition| send(&sender, "t", partition, 0..200));
+    let connection = Connection::open(&job(cluster.bootstrap_servers(), &["t"]), 1 << 20, "test").unwrap();
+    let mut reader =
+        Reader::assign(&connection, plan(&connection, &BTreeMap::new()), ReaderOptions::default()).unwrap();
+    let mut chunk = RecordChunk::default();
+    while positions(&reader)[1..].iter().any(|&next| next < 200) {
+        chunk.clear();
+        assert_eq!(reader.read(&mut chunk, limits(500, 1 << 20)).unwrap(), ReadStatus::Full);
+    }
+    assert!(positions(&reader)[0] < 10_000, "the others wait for all of it: {:?}", positions(&reader));
 }
 
 struct SharedLog {

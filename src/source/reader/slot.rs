@@ -1,6 +1,6 @@
 //! One topic partition as it is read: where it stands, and whether its log is still the one that was read before.
 //!
-//! Flow: queue -> [`Slot::head`] (tail, gaps, ends, order) -> a record at the head, its end, nothing, or a [`Fault`]
+//! Flow: its event at the head of the queue -> [`Slot::look`] (tail, gaps, ends, order) -> a record, its end, or a [`Fault`]
 //!
 //! The tail is the last record consumed, of this run or an earlier one. Every client compares it first, so a log that was cut and
 //! has grown again is found, unless the broker holds that record no more.
@@ -14,7 +14,9 @@ use crate::mutant;
 use crate::offset::{NextOffset, TopicPartition};
 use crate::record::{RecordChunk, RecordParts};
 use crate::source::client::Context;
-use crate::source::queue::{Head, PartitionQueue, RecordView};
+use crate::source::queue::{EventQueue, Head, RecordView};
+
+pub(super) type Queue = EventQueue<Context>;
 
 /// The last record consumed from a topic partition: what a later start compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -91,16 +93,19 @@ pub(super) struct Slot {
     pub(super) rereads: u32,
     /// Last passing error since the last progress.
     pub(super) last_problem: Option<String>,
-    pub(super) queue: Option<PartitionQueue<Context>>,
+    /// Everything from `next` on arrives in the queue. Not of one that was never assigned, or of which something was let go.
+    pub(super) is_fed: bool,
+    /// The client fetches it.
+    pub(super) is_fetched: bool,
 }
 
-/// What stands next in a slot.
+/// What an event of a slot came to.
 pub(super) enum Next {
-    /// Nothing yet.
-    Nothing,
-    /// A record that is to be delivered.
+    /// It was no record to be delivered, and is gone.
+    Passed,
+    /// A record that is to be delivered stands at the head.
     Record,
-    /// The frozen end.
+    /// What stands at the head is behind the frozen end.
     Finished,
 }
 
@@ -129,7 +134,8 @@ impl Slot {
             moved_at: Duration::ZERO,
             rereads: 0,
             last_problem: None,
-            queue: None,
+            is_fed: false,
+            is_fetched: false,
         }
     }
 
@@ -168,64 +174,64 @@ impl Slot {
         self.finished = true;
     }
 
-    /// Finds what stands next. All branching on what Kafka may deliver is here; [`Next::Record`] leaves the record at
-    /// the head of the queue.
-    pub(super) fn head(&mut self, now: Duration) -> Result<Next, Fault> {
-        loop {
-            let Some(queue) = self.queue.as_mut() else {
-                return Ok(if self.finished { Next::Finished } else { Next::Nothing });
-            };
-            match queue.peek() {
-                Head::Empty => return Ok(Next::Nothing),
-                Head::Failed { code, problem } => return Err(Fault::Failed { code, problem }),
-                // Everything visible below this offset was delivered before this event. It may lie below `next` (the
-                // tail was compacted away and the log ends there) and below `end` (a new leader's high watermark
-                // lags): then more is to come.
-                Head::End { offset } => {
-                    self.moved(now);
-                    self.at_end = true;
-                    self.next = self.next.max(NextOffset::at(offset.min(self.end.get())));
-                    if offset >= self.start.get() {
-                        self.unchecked = None;
-                    }
-                    if self.next >= self.end && self.unchecked.is_none() {
-                        self.finish();
-                        return Ok(Next::Finished);
-                    }
+    /// Looks at the event of this slot at the head of the queue. All branching on what Kafka may deliver is here.
+    pub(super) fn look(&mut self, queue: &mut Queue, now: Duration) -> Result<Next, Fault> {
+        let offset = match queue.head() {
+            None => return Ok(Next::Passed),
+            Some(&Head::Record { offset }) => offset,
+            Some(Head::End { .. } | Head::Failed { .. }) => return self.pass(queue, now),
+        };
+        self.at_end = false;
+        if let Some(tail) = self.unchecked {
+            self.compare(tail, queue, offset)?;
+            // An answer, but no progress: what is read again without any is believed at last.
+            self.moved_at = now;
+        }
+        if offset >= self.end.get() {
+            self.finish();
+            return Ok(Next::Finished);
+        }
+        if offset >= self.next.get() {
+            return Ok(Next::Record);
+        }
+        if self.next > self.start {
+            return Err(Fault::WentBack { found: offset });
+        }
+        // The tail itself, or what stands before the start in the first record batch.
+        queue.drop_head();
+        Ok(Next::Passed)
+    }
+
+    /// Removes an event that is no record.
+    fn pass(&mut self, queue: &mut Queue, now: Duration) -> Result<Next, Fault> {
+        match queue.drop_head() {
+            Some(Head::Failed { code, problem }) => return Err(Fault::Failed { code, problem }),
+            // Everything visible below this offset was delivered before this event. It may lie below `next` (the
+            // tail was compacted away and the log ends there) and below `end` (a new leader's high watermark
+            // lags): then more is to come.
+            Some(Head::End { offset }) => {
+                self.moved(now);
+                self.at_end = true;
+                self.next = self.next.max(NextOffset::at(offset.min(self.end.get())));
+                if offset >= self.start.get() {
+                    self.unchecked = None;
                 }
-                Head::Record { offset } => {
-                    self.at_end = false;
-                    if let Some(tail) = self.unchecked {
-                        self.compare(tail, offset)?;
-                        // An answer, but no progress: what is read again without any is believed at last.
-                        self.moved_at = now;
-                    }
-                    if offset >= self.end.get() {
-                        self.finish();
-                        return Ok(Next::Finished);
-                    }
-                    if offset >= self.next.get() {
-                        return Ok(Next::Record);
-                    }
-                    if self.next > self.start {
-                        return Err(Fault::WentBack { found: offset });
-                    }
-                    // The tail itself, or what stands before the start in the first record batch.
-                    if let Some(queue) = self.queue.as_mut() {
-                        queue.drop_head();
-                    }
+                if self.next >= self.end && self.unchecked.is_none() {
+                    self.finish();
                 }
             }
+            Some(Head::Record { .. }) | None => {}
         }
+        Ok(Next::Passed)
     }
 
     /// Compares the record at the head, which stands at `offset`, with the tail.
-    fn compare(&mut self, tail: Tail, offset: i64) -> Result<(), Fault> {
+    fn compare(&mut self, tail: Tail, queue: &Queue, offset: i64) -> Result<(), Fault> {
         if offset >= self.start.get() {
             self.unchecked = None;
             return Ok(());
         }
-        let found = self.queue.as_ref().and_then(PartitionQueue::record).map(tail_of);
+        let found = queue.record().map(tail_of);
         if found.is_some_and(|found| differs(tail, found, self.start)) {
             return Err(Fault::TailDiffers { offset: tail.offset });
         }
@@ -235,8 +241,7 @@ impl Slot {
     }
 
     /// Copies the record at the head into the chunk.
-    pub(super) fn deliver(&mut self, slot: u32, chunk: &mut RecordChunk, headers: bool) {
-        let Some(queue) = self.queue.as_mut() else { return };
+    pub(super) fn deliver(&mut self, slot: u32, queue: &mut Queue, chunk: &mut RecordChunk, headers: bool) {
         let Some(record) = queue.record() else { return };
         chunk.push(RecordParts {
             slot,
@@ -269,13 +274,11 @@ impl Slot {
     }
 
     /// Hashes the record taken last, if any was, and lets its memory go.
-    pub(super) fn keep_tail(&mut self) {
-        if let Some(queue) = self.queue.as_mut() {
-            if let Some(record) = queue.taken() {
-                self.tail = Some(tail_of(record));
-            }
-            queue.forget_taken();
+    pub(super) fn keep_tail(&mut self, slot: usize, queue: &mut Queue) {
+        if let Some(record) = queue.taken(slot) {
+            self.tail = Some(tail_of(record));
         }
+        queue.forget_taken(slot);
     }
 }
 

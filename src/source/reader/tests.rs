@@ -3,8 +3,8 @@ use std::ops::Range;
 use super::slot::differs;
 use super::*;
 use crate::source::tests::{
-    Mock, PATIENCE, cluster, connect, drain, expected, limits, payloads, plan, positions, producer,
-    record_batch, send_bytes, send_large,
+    Mock, PATIENCE, QUEUE_BYTES, cluster, connect, drain, expected, job, limits, of_slot, payloads, plan,
+    positions, producer, record_batch, send_bytes, send_large,
 };
 
 fn tail(offset: i64, hash: u64) -> Tail {
@@ -150,4 +150,45 @@ fn one_refusal_tells_of_every_last_record_that_was_removed() {
     let left: Vec<bool> = reader.slots.iter().map(|slot| slot.unchecked.is_some()).collect();
     assert_eq!(left, [false, false, true], "the last one is still there to be compared");
     assert!(reader.tails().iter().all(Option::is_some), "they were taken, whatever became of them");
+}
+
+/// Plans that go on after so many records of each of `partitions`, whose tails are known.
+fn plans_after(connection: &Connection, partitions: i32, taken: i64) -> Vec<ReadPlan> {
+    let mut first = plan(connection, &BTreeMap::new());
+    first.iter_mut().for_each(|plan| plan.end = NextOffset::at(taken));
+    let mut reader = Reader::assign(connection, first, ReaderOptions::default()).unwrap();
+    drain(&mut reader, 1_000, 1 << 20);
+    let tails = reader.tails();
+    let start = |partition: i32| {
+        let tail = tails[usize::try_from(partition).unwrap()];
+        (TopicPartition::new("t", partition), (NextOffset::at(taken), tail))
+    };
+    plan(connection, &(0..partitions).map(start).collect())
+}
+
+#[test]
+fn what_arrives_while_tails_are_compared_is_kept_or_fetched_again_and_delivered_once() {
+    let cluster = cluster(&[("t", 32)]);
+    // Behind the tails stand 50 records of each, which come at once.
+    for partition in 0..32 {
+        send_bytes(&cluster, "t", partition, &record_batch(0, &payloads("t", partition, 0..10), 10));
+        send_bytes(&cluster, "t", partition, &record_batch(10, &payloads("t", partition, 10..60), 50));
+    }
+    // Room for 8,192 records, then for 64.
+    for (queue_bytes, keeps) in [(QUEUE_BYTES, true), (128 << 10, false)] {
+        let connection =
+            Connection::open(&job(cluster.bootstrap_servers(), &["t"]), queue_bytes, "test").unwrap();
+        let mut reader =
+            Reader::assign(&connection, plans_after(&connection, 32, 10), ReaderOptions::default()).unwrap();
+        reader.verify_tails(PATIENCE).unwrap();
+        assert!(
+            reader.slots.iter().all(|slot| slot.unchecked.is_none() == keeps),
+            "a new client compares again"
+        );
+        let records = drain(&mut reader, 1_000, 1 << 20);
+        for partition in 0..32 {
+            let slot = u32::try_from(partition).unwrap();
+            assert_eq!(of_slot(&records, slot), expected("t", partition, slot, 10..60));
+        }
+    }
 }
