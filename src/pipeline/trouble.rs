@@ -13,7 +13,9 @@
 //! no end, else by the next run.
 //!
 //! Bounds: live waits for a silent backfill no longer than [`BACKFILL_STALL_AFTER`] in each [`REST`]; where a broker of its
-//! topic partitions is away, as long as the question for their offsets may take.
+//! topic partitions is away, as long as the question for their offsets may take. One that trickles is not silent: while it is
+//! opened, live waits so long again for each of its topic partitions whose last record comes, ten seconds after the one
+//! before at the latest.
 
 use std::time::{Duration, Instant};
 

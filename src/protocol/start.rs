@@ -14,6 +14,7 @@ use crate::commit::side::{Debt, Role, SideMark, debt_of, snapshot_of};
 use crate::event_time::EventTimeMs;
 use crate::mutant;
 use crate::offset::{TopicId, TopicPartition};
+use crate::protocol::stops;
 use crate::source::{Loss, LostRange, OffsetRange, check_ranges};
 use crate::stop::{Reason, Stop};
 
@@ -447,10 +448,7 @@ fn side_follows(
             _ => Ok(()),
         };
     }
-    let back_to = match mark.batch == record.batch {
-        true => format!("before batch {}", record.batch),
-        false => format!("of batch {} or before", record.batch),
-    };
+    let back_to = stops::where_main_is(mark.batch, record.batch);
     Err(Stop::new(
         Reason::TableRolledBack,
         format!(

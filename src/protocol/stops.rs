@@ -227,14 +227,23 @@ pub(super) fn came_meanwhile(table: &str, batch: u64) -> Stop {
     )
 }
 
+/// The snapshot to which a side table of batch `side` is rolled back where main is at another batch, or another one of the same
+/// number.
+pub(super) fn where_main_is(side: u64, main: u64) -> String {
+    if side == main { format!("before batch {main}") } else { format!("of batch {main} or before") }
+}
+
 /// A side table that could not follow.
 pub fn side(error: SideError, committing: Committing<'_>) -> Stop {
     match error {
-        error @ SideError::Ahead { .. } => Stop::new(
+        error @ SideError::Ahead { side, main, .. } => Stop::new(
             Reason::TableRolledBack,
             error.to_string(),
-            "with your engine, roll main forward again, or the side table back to its last snapshot of main's batch or before \
-             (of that batch itself: before it; tidemill.side in its summary), then:\n  tidemill run JOB",
+            format!(
+                "with your engine, roll main forward again, or the side table back to its last snapshot {} (tidemill.side in \
+                 its summary), then:\n  tidemill run JOB",
+                where_main_is(side, main)
+            ),
         ),
         error @ SideError::OtherJob { .. } => Stop::new(
             Reason::OtherJob,

@@ -6,11 +6,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
-use uuid::Uuid;
-
 use super::oracles;
 use super::process::{Command, Orders, live, main_ident, side_ident};
-use super::universe::{Event, EventKind, File, Named, Partition, Row, Shared, Universe, WORLD};
+use super::universe::{Event, EventKind, File, NO_LEDGER, Named, Partition, Row, Shared, Universe, WORLD};
 use crate::commit::ledger::{self, Found, LedgerRecord, PROPERTY};
 use crate::commit::side::{Role, inspect, snapshot_of};
 use crate::stop::{Reason, Stop};
@@ -750,7 +748,7 @@ fn take_claim_back(universe: &mut Universe, stop: &Stop) {
     for ident in Role::ALL.map(side_ident).into_iter().filter(|ident| stop.what.contains(&ident.to_string()))
     {
         let Some(named) = universe.tables.get_mut(&ident) else { continue };
-        let earlier = named.of_ledgers.get(&record.job_id).or_else(|| named.of_ledgers.get(&Uuid::nil()));
+        let earlier = named.of_ledgers.get(&record.job_id).or_else(|| named.of_ledgers.get(&NO_LEDGER));
         let Some(unclaimed) = earlier else { continue };
         (named.metadata, named.best) = (Arc::clone(unclaimed), Arc::clone(unclaimed));
         universe.hit("person took a claim back");

@@ -27,6 +27,8 @@ const CLOCK_BEGIN_MS: i64 = 1_800_000_000_000;
 pub(super) const WORLD: usize = 0xFFFF;
 /// Name of the one topic.
 pub(super) const TOPIC: &str = "events";
+/// Stands for the id of a job where no ledger has marked a table yet.
+pub(super) const NO_LEDGER: Uuid = Uuid::nil();
 
 /// What all parts share. One thread runs a seed, and a borrow never outlives a step.
 pub(super) type Shared = Rc<RefCell<Universe>>;
@@ -149,7 +151,8 @@ pub(super) struct Named {
     pub(super) metadata: Arc<TableMetadata>,
     /// Metadata after the last commit of ours: what a person rolls forward to.
     pub(super) best: Arc<TableMetadata>,
-    /// Of a side table: metadata after the last commit of each ledger that marked it, by the id of its job.
+    /// Of a side table: metadata after the last commit of each ledger that marked it, by the id of its job; and, of
+    /// [`NO_LEDGER`], as it was before any did.
     pub(super) of_ledgers: BTreeMap<Uuid, Arc<TableMetadata>>,
 }
 
@@ -414,8 +417,7 @@ impl Universe {
         let builder = TableMetadataBuilder::from_table_creation(creation).expect("a plain table");
         let metadata = builder.assign_uuid(uuid).build().expect("a plain table").metadata;
         let metadata = self.edited(&metadata, |_| {});
-        // As it was before any ledger marked it.
-        let of_ledgers = BTreeMap::from([(Uuid::nil(), Arc::clone(&metadata))]);
+        let of_ledgers = BTreeMap::from([(NO_LEDGER, Arc::clone(&metadata))]);
         let named = Named { best: Arc::clone(&metadata), metadata, of_ledgers };
         self.tables.insert(ident.clone(), named);
         true
