@@ -37,8 +37,8 @@ use lane::{pack_lane, unpack_lane};
 /// program that reads only version 2 would take a backfill's batch for one of the live lane. Version 3 knew no [`Timeline`]: a
 /// program that reads only version 3 would replay from what a restore has left.
 pub const FORMAT_VERSION: u32 = 4;
-/// Most timelines that a record names.
-const TIMELINES_MAX: usize = 64;
+/// Most timelines that a record names: about 31 bytes each, so that the packed form of 100 topic partitions has room for them.
+const TIMELINES_MAX: usize = 16;
 /// Table property with the full record.
 pub const PROPERTY: &str = "tidemill.ledger";
 /// Snapshot summary key with the packed record.

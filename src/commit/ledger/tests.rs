@@ -129,6 +129,11 @@ fn the_packed_form_keeps_to_its_size() {
     partitions.insert("sent".into(), (0..100).map(|p| (p, if p == 0 { cursor } else { trailing })).collect());
     let hundred = record.to_summary()[SUMMARY_PACKED].len();
     assert!(hundred < 4096, "{hundred} bytes for 100 topic partitions");
+    let most =
+        (0..TIMELINES_MAX as u64).map(|number| Timeline { number: 100 + number, begin: 1_000_000 + number });
+    let restored = LedgerRecord { timelines: most.collect(), ..record.clone() };
+    let restored = restored.to_summary()[SUMMARY_PACKED].len();
+    assert!(restored < 4096, "{restored} bytes for 100 topic partitions, {hundred} without timelines");
     let partitions = &mut record.lanes.get_mut(LIVE_LANE).unwrap().topics;
     partitions.insert("sent".into(), (0..200).map(|p| (p, if p == 0 { cursor } else { trailing })).collect());
     let two_hundred = record.to_summary()[SUMMARY_PACKED].len();
