@@ -59,7 +59,8 @@ table = "events.fuzzed"
 static LOADED: LazyLock<LoadedJob> = LazyLock::new(|| job_of(JOB.as_bytes()).expect("the job is right"));
 
 thread_local! {
-    /// Lives on from payload to payload, as in a run: what it remembers is to change its speed alone.
+    /// Lives on from payload to payload, as in a run: what it remembers is to change its speed alone. So an input that fails may
+    /// not fail alone: those before it belong to it.
     static DECODER: RefCell<Decoder> = RefCell::new(decoder_of(&LOADED).expect("the columns can be decoded"));
 }
 
