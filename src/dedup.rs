@@ -323,7 +323,7 @@ impl Limits {
             recent_keys_max,
             merge_read_bytes_max,
             write_bytes_max,
-            merged_keys_max: (memory / 8 / PENDING_KEY_BYTES) as usize,
+            merged_keys_max: (memory / 4 / PENDING_KEY_BYTES) as usize,
         }
     }
 }

@@ -390,7 +390,7 @@ impl LedgerRecord {
         let mut timelines = self.timelines.clone();
         timelines.retain(|earlier| earlier.begin < batch);
         timelines.push(Timeline { number: self.timeline() + 1, begin: batch });
-        if timelines.len() > TIMELINES_MAX {
+        while timelines.len() > TIMELINES_MAX {
             // The two oldest become one that says no less: it has the later number and the earlier begin.
             let oldest = timelines.remove(0);
             timelines[0].begin = oldest.begin;

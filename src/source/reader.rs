@@ -4,7 +4,8 @@
 //!
 //! A record that does not fit into a chunk stays at the head of the queue, so cuts may fall anywhere. What arrives of a topic
 //! partition that is finished is let go, and librdkafka is told to fetch no more of it; is its end moved, a new client
-//! reads on. librdkafka asks for the topic partitions in a circle, so none is left out for long.
+//! reads on. librdkafka asks for the topic partitions in a circle, which begins anew each time
+//! that the queue was full: where reading is slower than the broker, those that come first are read further ahead.
 //!
 //! librdkafka does not stop at a record batch that fails its checksum: it reports it and goes on behind it, and where it
 //! then misreads a length it even jumps to an offset that never was (2.12.1, `rdkafka_msgset_reader.c`, "Propagate CRC
@@ -443,7 +444,6 @@ impl Reader {
             if !self.is_anything_needed() {
                 return Ok(ReadStatus::Exhausted);
             }
-            let round_begun = Instant::now();
             let mut moved = false;
             for _ in 0..ROUND_EVENTS_MAX {
                 let Some(index) = self.arrived()? else { break };
@@ -460,7 +460,8 @@ impl Reader {
                     return Ok(ReadStatus::Full);
                 }
             }
-            self.time_read += round_begun.elapsed();
+            // Silence is counted only while nothing arrives of any of them: a topic partition that waits behind the others is
+            // asked for no earlier.
             let now = Instant::now();
             if now >= limits.deadline {
                 return Ok(ReadStatus::DeadlinePassed);

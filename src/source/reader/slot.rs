@@ -213,6 +213,10 @@ impl Slot {
                 self.moved(now);
                 self.at_end = true;
                 self.next = self.next.max(NextOffset::at(offset.min(self.end.get())));
+                if offset > self.end.get() {
+                    // What it says of the log behind the end is let go, and said once: is the end moved, a new client asks.
+                    self.is_fed = false;
+                }
                 if offset >= self.start.get() {
                     self.unchecked = None;
                 }
