@@ -15,8 +15,8 @@
 //!
 //! A crash at any point leaves nothing behind: the source writes only advisory group offsets.
 //!
-//! Bounds: the client's queue holds what [`Connection::open`] was given, soft by one fetched response per broker; every question ends after [`ANSWER_TIME_MAX`], a silent topic partition after
-//! [`ReaderOptions::stall_after`], closing after two seconds.
+//! Bounds: the client's queue holds what [`Connection::open`] was given, soft by one fetched response per broker; every question
+//! ends after [`ANSWER_TIME_MAX`], a silent topic partition after [`ReaderOptions::stall_after`], closing after two seconds.
 //!
 //! Unsafe code stands in two files, each with its argument: `topic_ids` and `queue`.
 
