@@ -174,8 +174,8 @@ impl Session<'_> {
         for of_slot in asked_rows.chunk_by(|one, other| slot_of(one) == slot_of(other)) {
             let of_slot_keys = &keys[begin..begin + of_slot.len()];
             begin += of_slot.len();
-            let gathered =
-                self.state.store.gather(&mut open.gathered.keys, slot_of(&of_slot[0]), of_slot_keys);
+            let rank = mutant!("winner-by-arrival", 0 => slot_of(&of_slot[0]));
+            let gathered = self.state.store.gather(&mut open.gathered.keys, rank, of_slot_keys);
             gathered.map_err(|error| self.state.failed(error))?;
         }
         drop(keys);

@@ -589,7 +589,7 @@ impl Session<'_> {
         let is_kept = |row: &u32| mutant!("refused-row-is-probed", true => judged.fates[*row as usize] != Fate::Nowhere);
         let rows = u32::try_from(judged.fates.len()).expect("a chunk holds fewer than 2^32 rows");
         let mut order: Vec<u32> = (0..rows).filter(is_kept).collect();
-        mutant!("winner-by-arrival", () => order.sort_unstable_by_key(|&row| decoded.places[row as usize]));
+        order.sort_unstable_by_key(|&row| decoded.places[row as usize]);
         let times = judged.times_of_ids.take();
         let times = times.as_deref().unwrap_or(&decoded.event_times);
         let key =

@@ -639,15 +639,19 @@ fn of_two_copies_in_one_probe_batch_the_one_at_the_lowest_place_is_written() {
     let job = Small::new("window = \"1 hour\"");
     let topics = ["first".to_owned(), "second".to_owned()];
     job.broker.create_topics(&topics, 1).unwrap();
-    // More than a turn of the reader, and in opposite orders: the last of one topic arrive after the first of the other.
-    let keys = 1_200;
+    // More than a few responses of the broker, and in opposite orders: the last of one topic arrive after the first of the other.
+    let keys = 8_000;
+    let mut config = ClientConfig::new();
+    // A record batch comes whole, however large.
+    config.set("bootstrap.servers", job.broker.bootstrap()).set("batch.num.messages", "200");
+    let producer: BaseProducer = config.create().unwrap();
     for number in 0..keys {
         for (topic, key) in [("first", number), ("second", keys - 1 - number)] {
             let payload = format!(r#"{{"event_id":"{key}","ts":{BEGIN_MS}}}"#);
-            job.producer.send(BaseRecord::<(), _>::to(topic).payload(&payload)).unwrap();
+            producer.send(BaseRecord::<(), _>::to(topic).payload(&payload)).unwrap();
         }
     }
-    job.producer.flush(std::time::Duration::from_secs(30)).unwrap();
+    producer.flush(std::time::Duration::from_secs(30)).unwrap();
     let both = "source.kafka.topics=[\"first\", \"second\"]";
     let summary = job.run_noting(&[both]).0.unwrap();
     assert_eq!((summary.batches, summary.counts.written, summary.counts.duplicate), (1, keys, keys));
