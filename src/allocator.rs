@@ -1,7 +1,7 @@
 //! How the C library gives memory back.
 //!
 //! glibc serves large buffers by mappings of their own, which go back to the system when they are freed, but each that is
-//! freed raises the bound above which it does so, up to 32 MiB. After a few probe batches their buffers come from heaps,
+//! freed raises the bound above which it does so, up to 32 MiB. After a few chunks their buffers come from heaps,
 //! one for each thread that ever allocated, and the holes between them stay: on two cores a drain under `memory = 256 MiB`
 //! peaked at 195 to 223 MiB over two million events, with a fixed bound at 150, for 8 % more processor time (174 MiB over ten
 //! million).

@@ -4,21 +4,23 @@
 //!
 //! Invariants
 //! 1. The file has no name: the kernel frees it with the process, however that ends, and no other run can read it.
-//! 2. A piece comes back as it was laid aside, or as an error.
+//! 2. A piece comes back as it was laid aside, or as an error: its bytes are hashed (XXH3), as LZ4 and Arrow check only its shape.
 //!
 //! Bounds: memory is one piece at a time; the disk takes the rows compressed until [`RowsAside::clear`].
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;
+use arrow::buffer::Buffer;
 use arrow::error::ArrowError;
 use arrow_ipc::CompressionType;
-use arrow_ipc::reader::StreamReader;
+use arrow_ipc::reader::StreamDecoder;
 use arrow_ipc::writer::{IpcWriteOptions, StreamWriter};
 use uuid::Uuid;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// A file of rows without a name.
 #[derive(Debug)]
@@ -34,6 +36,7 @@ pub struct RowsAside {
 pub struct Piece {
     start: u64,
     bytes: u64,
+    hash: u64,
 }
 
 impl RowsAside {
@@ -49,11 +52,13 @@ impl RowsAside {
     pub fn push(&mut self, rows: &RecordBatch) -> Result<Piece, ArrowError> {
         let start = self.end;
         let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::LZ4_FRAME))?;
-        let to = At { file: self.file()?, position: start };
+        let to = Hashed { file: self.file()?, position: start, hash: Xxh3::new() };
         let mut stream = StreamWriter::try_new_with_options(to, rows.schema_ref(), options)?;
         stream.write(rows)?;
-        self.end = stream.into_inner()?.position;
-        Ok(Piece { start, bytes: self.end - start })
+        let written = stream.into_inner()?;
+        let (end, hash) = (written.position, written.hash.digest());
+        self.end = end;
+        Ok(Piece { start, bytes: end - start, hash })
     }
 
     /// The rows of a piece that was laid aside here and not cleared.
@@ -62,10 +67,13 @@ impl RowsAside {
     /// The disk's, or that they are not what was laid aside.
     pub fn read(&self, piece: Piece) -> Result<RecordBatch, ArrowError> {
         let file = self.file.as_ref().expect("a piece lies in the file");
-        let from = BufReader::new(At { file, position: piece.start }.take(piece.bytes));
-        let mut stream = StreamReader::try_new(from, None)?;
-        let nothing = || ArrowError::IpcError("a piece holds no rows".to_owned());
-        stream.next().ok_or_else(nothing)?
+        let mut bytes = vec![0; usize::try_from(piece.bytes).expect("a piece was in memory")];
+        file.read_exact_at(&mut bytes, piece.start)?;
+        if xxh3_64(&bytes) != piece.hash {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "rows came back as other bytes").into());
+        }
+        let rows = StreamDecoder::new().decode(&mut Buffer::from_vec(bytes))?;
+        rows.ok_or_else(|| ArrowError::IpcError("a piece holds no rows".to_owned()))
     }
 
     /// Gives the disk back; the pieces are gone.
@@ -89,23 +97,17 @@ impl RowsAside {
     }
 }
 
-/// A place in the file.
-struct At<'a> {
+/// A place in the file, and what was written before it.
+struct Hashed<'a> {
     file: &'a File,
     position: u64,
+    hash: Xxh3,
 }
 
-impl Read for At<'_> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let bytes = self.file.read_at(into, self.position)?;
-        self.position += bytes as u64;
-        Ok(bytes)
-    }
-}
-
-impl Write for At<'_> {
+impl Write for Hashed<'_> {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
         let bytes = self.file.write_at(from, self.position)?;
+        self.hash.update(&from[..bytes]);
         self.position += bytes as u64;
         Ok(bytes)
     }
@@ -160,6 +162,22 @@ mod tests {
         let piece = aside.push(&rows(0, 10_000)).unwrap();
         aside.file.as_ref().unwrap().set_len(piece.bytes / 2).unwrap();
         aside.read(piece).unwrap_err();
+    }
+
+    #[test]
+    fn a_byte_that_changed_is_an_error_wherever_it_lies() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut aside = RowsAside::new(folder.path());
+        let piece = aside.push(&rows(0, 200)).unwrap();
+        let file = aside.file.as_ref().unwrap();
+        for at in (0..piece.bytes).step_by(7) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+            assert!(matches!(aside.read(piece), Err(ArrowError::IoError(..))), "byte {at}");
+            file.write_all_at(&byte, at).unwrap();
+        }
+        assert_eq!(aside.read(piece).unwrap(), rows(0, 200));
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub use bucket::{Bucket, BucketTally, Digest, ERAS_MAX, Era, FLOOR_BUCKETS, Tall
 pub use builder::{Builder, RebuildReport};
 #[doc(hidden)]
 pub use filter::FilterAlone;
-pub use gather::{GATHERED_KEY_BYTES, ProbeBatch};
+pub use gather::ProbeBatch;
 pub use generation::{
     GenerationInfo, GenerationName, GenerationRef, SweepReport, generation_of_file, is_at_home,
     list_generations, segments_in, segments_of, set_aside, sweep,

@@ -13,7 +13,7 @@ pub const PROGRAM_BYTES: u64 = 96 << 20;
 /// The smallest `memory` that a job may name. Below it the shares no longer hold one record of the default largest size.
 pub const MEMORY_BYTES_MIN: u64 = 256 << 20;
 
-/// Bytes beside its payload that a record of a probe batch takes: head in the chunk, place, times, fingerprint, order,
+/// Bytes beside its payload that a record of a chunk takes: head in the chunk, place, times, fingerprint, order,
 /// verdict, rounded up.
 const PROBE_RECORD_BYTES: u64 = 256;
 /// Most bytes of columns and letters that a byte of payload becomes.
@@ -23,7 +23,9 @@ const ROWS_BESIDE_PART: u64 = 3;
 /// Bytes that a row takes while it waits on local disk for its verdict: probe 16, bucket 4, place in the order 4, fate and
 /// verdict a byte each, rounded up.
 const GATHERED_ROW_BYTES: u64 = 28;
-/// A probe batch of less than such a part of the largest one is not read ahead: each has its cost.
+/// Most keys of one lookup, whatever the memory: a place among them takes 32 bits.
+const GATHERED_KEYS_MAX: u64 = 1 << 31;
+/// A chunk of less than such a part of the largest one is not read ahead: each has its cost.
 const AHEAD_PART_MIN: u64 = 4;
 
 /// What reading one data file's key columns takes: a row group of a million ids of 36 characters, and its batches.
@@ -38,12 +40,12 @@ pub struct MemoryPlan {
     pub program: u64,
     /// Records that the Kafka client has fetched and the reader has not taken.
     pub client_queue: u64,
-    /// Raw bytes of one probe batch: of the one in work until it is judged, then of the one that is read meanwhile.
+    /// Raw bytes of one chunk: of the one in work until it is judged, then of the one that is read meanwhile.
     pub records: u64,
-    /// Arrow columns and dead letters of a probe batch: of one in work, one that is read meanwhile, and those before it whose rows
+    /// Arrow columns and dead letters of a chunk: of one in work, one that is read meanwhile, and those before it whose rows
     /// are still with their writer.
     pub decode: u64,
-    /// Pinned filters, pages, and keys of the open microbatch.
+    /// Pinned filters, pages, and in half of it keys of the open microbatch, pending or gathered.
     pub dedup: u64,
     /// Open data files.
     pub writer: u64,
@@ -72,14 +74,14 @@ impl MemoryPlan {
         Ok(Self { total, program: PROGRAM_BYTES, client_queue, records, decode, dedup, writer })
     }
 
-    /// Most payload of one probe batch: decoded columns and letters take up to four times the bytes they came from.
-    pub fn probe_payload_bytes_max(&self) -> u64 {
+    /// Most payload of one chunk: decoded columns and letters take up to four times the bytes they came from.
+    pub fn chunk_payload_bytes_max(&self) -> u64 {
         self.records.min(self.decode / DECODED_BYTES_PER_PAYLOAD_BYTE)
     }
 
-    /// Most records of one probe batch.
-    pub fn probe_records_max(&self) -> u64 {
-        Self::records_max(self.probe_payload_bytes_max())
+    /// Most records of one chunk.
+    pub fn chunk_records_max(&self) -> u64 {
+        Self::records_max(self.chunk_payload_bytes_max())
     }
 
     /// Most keys that are gathered for one lookup, their rows waiting on local disk, while keys of so many bytes are pending. A
@@ -87,7 +89,7 @@ impl MemoryPlan {
     /// and the chunks that are decoded meanwhile have the rest.
     pub fn gathered_keys_max(&self, pending_bytes: u64) -> u64 {
         let room = self.pending_bytes_max().saturating_sub(pending_bytes) + self.gathered_bytes_max();
-        room / GATHERED_ROW_BYTES
+        (room / GATHERED_ROW_BYTES).min(GATHERED_KEYS_MAX)
     }
 
     /// Most bytes of decode's share that keys take which are gathered.
@@ -100,27 +102,27 @@ impl MemoryPlan {
         key_bytes.saturating_sub(self.pending_bytes_max())
     }
 
-    /// What a probe batch holds while it is looked up and written: columns and letters of so many bytes, those that are written
+    /// What a chunk holds while it is looked up and written: columns and letters of so many bytes, those that are written
     /// once more, and what stands beside each row.
     pub fn held_bytes(&self, bytes: u64, rows: usize) -> u64 {
         2 * bytes + rows as u64 * PROBE_RECORD_BYTES
     }
 
-    /// Most payload of a probe batch that is read and decoded while another one holds so much: its columns and letters fit into
+    /// Most payload of a chunk that is read and decoded while another one holds so much: its columns and letters fit into
     /// what that leaves of decode's share, whatever the records are. `None` where that is not worth it. The records lie
     /// where those of the other one lay.
     pub fn ahead_payload_bytes_max(&self, held_bytes: u64) -> Option<u64> {
         let bytes = self.payload_bytes_beside(held_bytes);
-        (bytes >= self.probe_payload_bytes_max() / AHEAD_PART_MIN).then_some(bytes)
+        (bytes >= self.chunk_payload_bytes_max() / AHEAD_PART_MIN).then_some(bytes)
     }
 
-    /// Most payload of a probe batch that finds so much of decode's share taken.
+    /// Most payload of a chunk that finds so much of decode's share taken.
     pub fn payload_bytes_beside(&self, held_bytes: u64) -> u64 {
         let left = self.decode.saturating_sub(held_bytes) / DECODED_BYTES_PER_PAYLOAD_BYTE;
-        left.min(self.probe_payload_bytes_max())
+        left.min(self.chunk_payload_bytes_max())
     }
 
-    /// Most bytes of rows that are with their writer while the run goes on, so that much is left for the next probe batch.
+    /// Most bytes of rows that are with their writer while the run goes on, so that much is left for the next chunk.
     pub fn rows_beside_bytes_max(&self) -> u64 {
         self.decode / ROWS_BESIDE_PART
     }
@@ -195,7 +197,7 @@ mod tests {
     #[test]
     fn two_probe_batches_side_by_side_fit_into_the_share_of_one() {
         let plan = MemoryPlan::divide(MEMORY_BYTES_MIN).unwrap();
-        let largest = plan.probe_payload_bytes_max();
+        let largest = plan.chunk_payload_bytes_max();
         assert_eq!(plan.ahead_payload_bytes_max(0), Some(largest));
         for held in (0..plan.decode + (8 << 20)).step_by(1 << 20) {
             let Some(ahead) = plan.ahead_payload_bytes_max(held) else {
@@ -218,12 +220,12 @@ mod tests {
     #[test]
     fn rows_with_their_writer_leave_room_for_a_probe_batch_and_one_that_is_read_beside_it() {
         let plan = MemoryPlan::divide(MEMORY_BYTES_MIN).unwrap();
-        let largest = plan.probe_payload_bytes_max();
+        let largest = plan.chunk_payload_bytes_max();
         assert_eq!(plan.payload_bytes_beside(0), largest);
         let beside = plan.rows_beside_bytes_max();
         let inline = plan.payload_bytes_beside(beside);
         assert!(beside + inline * DECODED_BYTES_PER_PAYLOAD_BYTE <= plan.decode);
-        // Events of 300 bytes whose columns take as much: two probe batches of them may be with the writer.
+        // Events of 300 bytes whose columns take as much: two chunks of them may be with the writer.
         let mut payload = inline / 2;
         for _ in 0..20 {
             let rows = payload / 300;

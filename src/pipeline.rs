@@ -125,7 +125,7 @@ pub fn plan_memory(loaded: &LoadedJob) -> Result<MemoryPlan, Stop> {
             "set memory in the job file, or: --set memory=\"256 MiB\"",
         )
     })?;
-    let (largest, most) = (loaded.job.source.record_bytes_max, plan.probe_payload_bytes_max());
+    let (largest, most) = (loaded.job.source.record_bytes_max, plan.chunk_payload_bytes_max());
     if largest > most {
         let (largest, most) = (bytesize::ByteSize(largest), bytesize::ByteSize(most));
         return Err(Stop::new(

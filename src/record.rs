@@ -1,6 +1,6 @@
 //! Records as they came from Kafka, copied out of the client into one buffer.
 //!
-//! A chunk is what one probe batch is made of. Bytes of keys, payloads and headers lie one after another in a
+//! A chunk is what is read, decoded and judged at once. Bytes of keys, payloads and headers lie one after another in a
 //! single allocation, so a chunk costs its bytes plus a fixed head per record and is freed at once.
 
 use std::ops::Range;

@@ -6,7 +6,7 @@
 //! Flow: [`Store::gather`](super::Store::gather) -> probes in the order of their parts -> sorted where they lie -> marked by a
 //! lookup -> verdicts, and the new ones become pending entries where they lie
 //!
-//! Bounds: [`GATHERED_KEY_BYTES`] per key, 8 per part and rank; nothing else until the verdicts, a byte each.
+//! Bounds: [`ProbeBatch::bytes`]; nothing else until the verdicts, a byte each.
 
 use rayon::slice::ParallelSliceMut;
 
@@ -17,7 +17,7 @@ use crate::job::Repeats;
 use crate::mutant;
 
 /// Bytes of a key that is gathered: its probe, which becomes its pending entry, and the ordinal of its bucket.
-pub const GATHERED_KEY_BYTES: u64 = (size_of::<Probe>() + size_of::<u32>()) as u64;
+const GATHERED_KEY_BYTES: u64 = (size_of::<Probe>() + size_of::<u32>()) as u64;
 
 /// Keys that are to be looked up together.
 #[derive(Debug, Default)]
@@ -33,6 +33,11 @@ impl ProbeBatch {
     /// Keys in it.
     pub fn len(&self) -> usize {
         self.probes.len()
+    }
+
+    /// Bytes that its keys take: [`GATHERED_KEY_BYTES`] each, and what tells the rank of each run of them.
+    pub fn bytes(&self) -> u64 {
+        self.len() as u64 * GATHERED_KEY_BYTES + size_of_val(self.ranks.as_slice()) as u64
     }
 
     /// Whether it holds no key.
@@ -82,7 +87,9 @@ impl ProbeBatch {
             verdicts[probe.index()] = Verdict::New;
             Entry::new(probe.value(), ordinals[probe.index()])
         });
-        let entries: Vec<Entry> = new.collect();
+        let mut entries: Vec<Entry> = new.collect();
+        // The memory of repeats is not kept with them: nobody counts it.
+        entries.shrink_to_fit();
         (verdicts, entries)
     }
 }
@@ -166,5 +173,16 @@ mod tests {
         let probes_at = batch.probes.as_ptr().addr();
         let (_, entries) = batch.into_verdicts();
         assert_eq!((entries.as_ptr().addr(), entries.len()), (probes_at, 3));
+    }
+
+    #[test]
+    fn repeats_leave_no_memory_behind() {
+        let values: Vec<u128> = (0..1_000).collect();
+        let mut batch = gathered(&[(0, &values, &[0; 1_000])]);
+        for group in batch.groups(Repeats::AnyTime) {
+            group.1.iter_mut().skip(1).for_each(Probe::mark_found);
+        }
+        let (_, entries) = batch.into_verdicts();
+        assert_eq!((entries.len(), entries.capacity()), (1, 1));
     }
 }

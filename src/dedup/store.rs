@@ -1,7 +1,7 @@
 //! The store: one generation in use, the pending keys of the microbatch in work, and the generation being
 //! committed.
 //!
-//! Flow: `probe`* -> `prepare` -> (commit) -> `publish` | `abandon`. Between `prepare` and its outcome the next
+//! Flow: (`gather`* -> `settle`, or both in `probe`)* -> `prepare` -> (commit) -> `publish` | `abandon`. Between `prepare` and its outcome the next
 //! microbatch may be probed already, on the assumption that the commit lands; `abandon` drops both.
 
 use std::collections::BTreeMap;
@@ -224,7 +224,7 @@ impl Store {
 
     /// Adds keys to a probe batch that is looked up later, by [`Store::settle`]. Of equal keys the one of the lowest `rank`
     /// wins, and of one rank the first, so that a batch may be gathered in parts that each hold rows of several topic
-    /// partitions.
+    /// partitions. It is of the microbatch in work: it is settled before [`Store::prepare`], or dropped.
     ///
     /// # Errors
     /// Any [`StoreError`]; the batch is then to be dropped.
@@ -244,7 +244,7 @@ impl Store {
     /// [`Store::probe`].
     ///
     /// # Errors
-    /// As [`Store::probe`].
+    /// Any [`StoreError`], as [`Store::probe`]; the batch is gone, so what it is of can only be abandoned.
     pub fn settle(&mut self, mut batch: ProbeBatch) -> Result<Vec<Verdict>, StoreError> {
         if self.broken {
             return Err(StoreError::Broken);

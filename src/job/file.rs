@@ -557,7 +557,7 @@ fn read_microbatch(mut section: Section<'_, '_>, record_bytes_max: u64) -> Micro
         limits.open_time_max = field.positive_duration().unwrap_or(OPEN_TIME_MAX_DEFAULT);
     }
     for name in ["probe", "probe_records", "probe_batch", "probe_bytes"] {
-        section.not_built(name, "sizes of probe batches in the job file; they follow from `memory`");
+        section.not_built(name, "this size of probe batches; their records are bounded by dedup.max_probe_records, their bytes by `memory`");
     }
     section.finish();
     limits

@@ -1,4 +1,4 @@
-//! Reading ahead: while a probe batch is looked up and written, or a microbatch committed, the next probe batch is read and
+//! Reading ahead: while a chunk is looked up and written, or a microbatch committed, the next chunk is read and
 //! decoded by a thread of its own.
 //!
 //! Flow: live reader -> that thread { chunk -> decoder } -> [`Ahead`] with the reader -> the next [`Session::next_chunk`]
@@ -11,7 +11,7 @@
 //! ends, and what was read ahead goes with it and is read again.
 //!
 //! Invariants
-//! 1. At most one probe batch is ahead, and the reader is with the thread or at home, never both.
+//! 1. At most one chunk is ahead, and the reader is with the thread or at home, never both.
 //! 2. What a ledger record says of offsets comes from [`Reached`](super::lanes::Reached) of the lane, which moves only when a
 //!    microbatch takes what was read.
 //! 3. An error that the reader met is the run's, after what the reader gave before it: the next read of the lane gives it, without
@@ -21,7 +21,7 @@
 //! does not fit in memory is looked up chunk by chunk these are as large as memory allows, so that nothing is read beside them; a
 //! commit has room for it. Where rows are laid aside (`gather`) chunks are small.
 //!
-//! Bounds: one probe batch, so small that it fits into what the one in work, and rows that are with their writer, leave of
+//! Bounds: one chunk, so small that it fits into what the one in work, and rows that are with their writer, leave of
 //! decode's share whatever its records are; its bytes lie in the buffer of the one before. It delays the run by a turn of the
 //! reader, or by a few where that fills the chunk, and what is left of decoding.
 
@@ -51,7 +51,7 @@ const TURNS_TO_FILL: usize = 8;
 /// Name of the thread, in lists of threads.
 const THREAD_NAME: &str = "read-ahead";
 
-/// A probe batch that was read before it was asked for.
+/// A chunk that was read before it was asked for.
 pub(super) struct Ahead {
     /// At least one record.
     pub(super) chunk: RecordChunk,
@@ -234,12 +234,12 @@ fn is_soon_full(chunk: &RecordChunk, before: (usize, usize), limits: ReadLimits)
 }
 
 impl Session<'_> {
-    /// Whether probe batches are read beside the one in work.
+    /// Whether chunks are read beside the one in work.
     fn reads_beside_work(&self) -> bool {
         self.ahead.helper.is_some() && (!self.state.store.is_larger_than_memory() || self.gathering.is_on())
     }
 
-    /// Bounds of a probe batch that the run reads itself, of a microbatch that may take so much more: it fits into what rows that
+    /// Bounds of a chunk that the run reads itself, of a microbatch that may take so much more: it fits into what rows that
     /// are with their writer and keys that wait leave of decode's share, and leaves room for one to be read beside it.
     pub(super) fn limits_beside(&self, open: &Open, records_left: u64, bytes_left: u64) -> ReadLimits {
         let left = self.memory.payload_bytes_beside(open.main.held_bytes() + self.gathered_beyond(open));
@@ -248,7 +248,7 @@ impl Session<'_> {
         self.chunk_limits(records_left.min(records_max), bytes_left.min(bytes_max))
     }
 
-    /// Begins to read the probe batch after the one in work, whose rows hold so many bytes and whose records are not needed any
+    /// Begins to read the chunk after the one in work, whose rows hold so many bytes and whose records are not needed any
     /// more.
     pub(super) fn read_beside_work(&mut self, open: &Open, held_bytes: u64) {
         if !self.reads_beside_work() || open.is_cut_short() {

@@ -33,7 +33,7 @@ use crate::aside::{Piece, RowsAside};
 use crate::commit::side::Role;
 use crate::counts::Counts;
 use crate::decode::{Decoded, metadata};
-use crate::dedup::{GATHERED_KEY_BYTES, ProbeBatch, Verdict};
+use crate::dedup::{ProbeBatch, Verdict};
 use crate::mutant;
 use crate::stop::{Reason, Stop};
 
@@ -51,6 +51,8 @@ pub(super) struct Gathered {
     aside: RowsAside,
     /// What the parts take in memory.
     parts_bytes: u64,
+    /// Bytes of columns of the largest piece.
+    piece_bytes_max: u64,
 }
 
 /// Rows of one chunk.
@@ -102,7 +104,8 @@ impl Gathering {
 impl Gathered {
     /// Nothing waits; rows will lie in this folder.
     pub(super) fn new(folder: &Path) -> Self {
-        Self { keys: ProbeBatch::default(), parts: Vec::new(), aside: RowsAside::new(folder), parts_bytes: 0 }
+        let aside = RowsAside::new(folder);
+        Self { keys: ProbeBatch::default(), parts: Vec::new(), aside, parts_bytes: 0, piece_bytes_max: 0 }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -111,7 +114,7 @@ impl Gathered {
 
     /// Bytes of memory that wait.
     pub(super) fn bytes(&self) -> u64 {
-        self.keys.len() as u64 * GATHERED_KEY_BYTES + self.parts_bytes
+        self.keys.bytes() + self.parts_bytes
     }
 
     fn push(&mut self, piece: Option<Piece>, judged: Judged, asked: Vec<u32>) {
@@ -130,7 +133,7 @@ impl Session<'_> {
             None => 0,
         };
         if keys_max != self.gathering.keys_max {
-            tracing::info!(keys = keys_max, "so many keys are looked up together, or those of a chunk");
+            tracing::debug!(keys = keys_max, "so many keys are looked up together, or those of a chunk");
         }
         self.gathering.keys_max = keys_max;
         Ok(())
@@ -138,8 +141,8 @@ impl Session<'_> {
 
     /// The number of keys, up to `most`, at which one costs least; 0 if that is those of a chunk.
     fn cheapest(&mut self, most: u64) -> Result<u64, Stop> {
-        let chunk = self.memory.probe_payload_bytes_max() as f64 / self.gathering.payload_bytes;
-        let chunk = (chunk as u64).clamp(1, self.memory.probe_records_max());
+        let chunk = self.memory.chunk_payload_bytes_max() as f64 / self.gathering.payload_bytes;
+        let chunk = (chunk as u64).clamp(1, self.memory.chunk_records_max());
         let mut best = (f64::INFINITY, chunk);
         let doubled = std::iter::successors(Some(chunk), |keys| keys.checked_mul(2));
         let tried: Vec<u64> = doubled.take_while(|keys| *keys < most).chain([most]).collect();
@@ -189,13 +192,39 @@ impl Session<'_> {
             return self.settle(open, Some(rows)).await;
         }
         self.options.profile.turn_to(Stage::Aside);
-        let piece = open.gathered.aside.push(&rows).map_err(|error| self.not_aside(error))?;
-        open.gathered.push(Some(piece), judged, asked_rows);
-        Ok(())
+        match open.gathered.aside.push(&rows) {
+            Ok(piece) => {
+                let piece_bytes = rows.get_array_memory_size() as u64;
+                open.gathered.piece_bytes_max = open.gathered.piece_bytes_max.max(piece_bytes);
+                open.gathered.push(Some(piece), judged, asked_rows);
+                Ok(())
+            }
+            // A disk that is full of rows is free again when they are settled.
+            Err(ArrowError::IoError(error, _)) => {
+                tracing::warn!(
+                    error,
+                    "rows can not wait on local disk; fewer are looked up together, which is slower"
+                );
+                self.gathering.keys_max = 0;
+                open.gathered.push(None, judged, asked_rows);
+                self.settle(open, Some(rows)).await
+            }
+            Err(error) => Err(unexpected_arrow(error)),
+        }
+    }
+
+    /// What is held while a lookup is settled, of which the chunk in hand takes so much: also a piece and what is written of it,
+    /// and all that the writer may have.
+    pub(super) fn settling_bytes(&self, open: &Open, held_bytes: u64) -> u64 {
+        if open.gathered.is_empty() {
+            return held_bytes;
+        }
+        let beside = self.memory.rows_beside_bytes_max().saturating_sub(open.main.held_bytes());
+        held_bytes.max(2 * open.gathered.piece_bytes_max) + beside
     }
 
     /// Whether a lookup waits for another chunk, about as large as one of so many keys.
-    fn waits_for_more(&self, open: &Open, chunk_keys: u64) -> bool {
+    pub(super) fn waits_for_more(&self, open: &Open, chunk_keys: u64) -> bool {
         let keys = open.gathered.keys.len() as u64;
         keys + chunk_keys <= self.gathering.keys_max
             && self.gathered_beyond(open) < self.memory.gathered_bytes_max()
@@ -209,7 +238,7 @@ impl Session<'_> {
             return Ok(());
         }
         self.options.profile.turn_to(Stage::Probe);
-        open.gathered.parts_bytes = 0;
+        (open.gathered.parts_bytes, open.gathered.piece_bytes_max) = (0, 0);
         let (keys, parts) =
             (std::mem::take(&mut open.gathered.keys), std::mem::take(&mut open.gathered.parts));
         let verdicts = self.state.store.settle(keys).map_err(|error| self.state.failed(error))?;
@@ -238,10 +267,14 @@ impl Session<'_> {
         open.gathered.aside.clear().map_err(|error| self.not_aside(error.into()))
     }
 
-    /// Names the folder, so that a full disk is found.
+    /// Names the folder and the field, so that a disk that fails is found and can be done without.
     fn not_aside(&self, error: ArrowError) -> Stop {
+        let ArrowError::IoError(..) = error else { return unexpected_arrow(error) };
         let folder = self.owner.world.loaded.job.state_dir.display();
-        stops::data(format!("rows can not wait on local disk in {folder}"), Reason::StorageFailed, error)
+        let what = format!(
+            "rows that waited on local disk in {folder} can not be read; fewer wait with a smaller dedup.max_probe_records"
+        );
+        stops::data(what, Reason::StorageFailed, error)
     }
 
     /// The decoder's columns and then the metadata columns.

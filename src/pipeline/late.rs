@@ -1,4 +1,4 @@
-//! Where the rows of a probe batch go: what time says of them, why it refuses some, and what that makes of late rows.
+//! Where the rows of a chunk go: what time says of them, why it refuses some, and what that makes of late rows.
 //!
 //! Flow: time verdicts -> [`Judged`] -> rows that nothing can prove new are set aside -> probe -> main and late table
 //!
@@ -34,7 +34,7 @@ pub(super) enum Fate {
     Unproven,
 }
 
-/// Rows of a probe batch, as far as they were judged.
+/// Rows of a chunk, as far as they were judged.
 #[derive(Debug)]
 pub(super) struct Judged {
     pub(super) fates: Vec<Fate>,

@@ -299,6 +299,7 @@ impl Session<'_> {
             if open.is_due() {
                 // What comes next is another microbatch's, or waits for rows that are known to be new.
                 self.settle(open, None).await?;
+                self.wait_on(open);
             }
             report.event(&Event::Progress {
                 batch: open.number,
@@ -308,6 +309,14 @@ impl Session<'_> {
             });
         }
         self.settle(open, None).await
+    }
+
+    /// Where a continuous run found repeats alone, so that there is nothing to commit, what comes next is looked up together too:
+    /// when as much time is up again.
+    fn wait_on(&self, open: &mut Open) {
+        if self.options.continuous && self.lanes.served().is_live() && !open.counts.gives_rows() {
+            open.due = Some(Instant::now() + self.owner.world.loaded.job.microbatch.open_time_max);
+        }
     }
 
     /// The next chunk, decoded: read ahead, or read now; `None` if there is no record of this lane in it.
@@ -374,15 +383,23 @@ impl Session<'_> {
         let held_bytes = self.memory.held_bytes(bytes, decoded.places.len() + letters.len());
         let asked = self.keys_to_ask(open, &decoded, &mut judged).await?;
         // Not before buckets were lent, which takes decode's share too.
+        let held_bytes = match self.waits_for_more(open, asked.rows.len() as u64) {
+            true => held_bytes,
+            false => self.settling_bytes(open, held_bytes),
+        };
         self.read_beside_work(open, held_bytes);
         self.gather(open, &decoded, judged, asked).await?;
+        self.options.profile.turn_to(Stage::Write);
         self.write_letters(open, letters).await
     }
 
     /// Bounds of a microbatch's first chunk.
     pub(super) fn first_chunk_limits(&self) -> ReadLimits {
         let limits = &self.owner.world.loaded.job.microbatch;
-        self.chunk_limits(limits.records_max, limits.payload_bytes_max)
+        // Where rows wait, one that is taken back later needs room beside one that is read then.
+        let part = if self.gathering.is_on() { 2 } else { 1 };
+        let bytes_max = self.memory.chunk_payload_bytes_max() / part;
+        self.chunk_limits(limits.records_max, limits.payload_bytes_max.min(bytes_max))
     }
 
     /// Bounds of a chunk of a microbatch that may take so much more.
@@ -390,8 +407,8 @@ impl Session<'_> {
         let bounded = |left: u64, most: u64| usize::try_from(left.min(most)).unwrap_or(usize::MAX);
         let said = self.owner.world.loaded.job.dedup.probe_records_max.map_or(u64::MAX, NonZeroU64::get);
         ReadLimits {
-            records_max: bounded(records_left, self.memory.probe_records_max().min(said)),
-            bytes_max: bounded(bytes_left, self.memory.probe_payload_bytes_max()),
+            records_max: bounded(records_left, self.memory.chunk_records_max().min(said)),
+            bytes_max: bounded(bytes_left, self.memory.chunk_payload_bytes_max()),
             deadline: Instant::now(),
         }
     }
@@ -484,7 +501,6 @@ impl Session<'_> {
         let (decoded, mut judged, letters) = self.judge(open, chunk, decoded)?;
         let asked = self.keys_to_ask(open, &decoded, &mut judged).await?;
         let verdicts = self.state.store.probe(&asked.keys).map_err(|error| self.state.failed(error))?;
-        crate::crash_point!("keys_probed");
         gather::drop_repeats(&mut open.counts, &asked.rows, &verdicts, &mut judged);
         Ok((decoded, judged, letters))
     }

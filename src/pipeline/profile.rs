@@ -9,7 +9,7 @@
 //! Of a stage's seconds the line's own thread worked as long as its processor clock moved; the rest it waited: for the
 //! broker, the disk, the catalog, other threads, or for a processor to run on.
 //!
-//! Bounds: two clocks are read for each change of stage, a few of them per probe batch; no lock but at the end of a life.
+//! Bounds: two clocks are read for each change of stage, a few of them per chunk; no lock but at the end of a life.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -12,7 +12,7 @@
 //!
 //! Bounds: what `sink/scan.rs` holds for its readers, and the memory of the builder; on disk about 10 bytes per key
 //! while it is read. A loan reads its buckets whole: the number of rows in them decides how long it takes, and one scan
-//! serves all buckets that a probe batch lacks.
+//! serves all buckets that a chunk lacks.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -27,7 +27,7 @@ pub enum Event {
         /// The memory split, in words.
         memory: String,
     },
-    /// A probe batch is done.
+    /// A chunk is done.
     Progress {
         /// Number of the open microbatch.
         batch: u64,

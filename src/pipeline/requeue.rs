@@ -15,7 +15,7 @@
 //! A kill leaves the cursor in the record of the last microbatch; the command given again goes on from it, over the same
 //! snapshot while that is kept. Marks that main owes are brought forward first, by whoever starts next.
 //!
-//! Bounds: a slice of the places that wait (`stored_letters`), and a probe batch of letters; a microbatch closes after
+//! Bounds: a slice of the places that wait (`stored_letters`), and a chunk of letters; a microbatch closes after
 //! `max_interval`, so that its commit renews the lease. Headers are not kept in letters, so columns that are read from one are
 //! null.
 
@@ -191,10 +191,10 @@ pub async fn requeue(
     session.owner.end(outcome).await
 }
 
-/// The next places whose letters fit into a probe batch, at least one if there is any.
+/// The next places whose letters fit into a chunk, at least one if there is any.
 fn next_places<'w>(waiting: impl Iterator<Item = &'w Waiting>, memory: &MemoryPlan) -> Vec<LetterPlace> {
-    let most = LETTERS_MAX.min(usize::try_from(memory.probe_records_max()).unwrap_or(usize::MAX)).max(1);
-    let mut bytes_left = memory.probe_payload_bytes_max();
+    let most = LETTERS_MAX.min(usize::try_from(memory.chunk_records_max()).unwrap_or(usize::MAX)).max(1);
+    let mut bytes_left = memory.chunk_payload_bytes_max();
     let mut places = Vec::new();
     for letter in waiting.take(most) {
         if !places.is_empty() && letter.payload_bytes > bytes_left {
@@ -393,7 +393,7 @@ impl Requeue<'_, '_> {
         Ok(())
     }
 
-    /// One probe batch of letters through every stage.
+    /// One chunk of letters through every stage.
     async fn take(&mut self, open: &mut Open, letters: &[StoredLetter]) -> Result<(), Stop> {
         let chunk = self.lane.slots.chunk(letters);
         self.know_slots();
@@ -482,7 +482,7 @@ mod tests {
     #[test]
     fn letters_are_taken_by_their_bytes_and_at_least_one() {
         let memory = MemoryPlan::divide(crate::memory::MEMORY_BYTES_MIN).unwrap();
-        let most = memory.probe_payload_bytes_max();
+        let most = memory.chunk_payload_bytes_max();
         let all = [waiting(1, most * 2), waiting(2, most / 2), waiting(3, most / 2), waiting(4, 1)];
         assert_eq!(next_places(all.iter(), &memory).len(), 1);
         assert_eq!(next_places(all[1..].iter(), &memory).len(), 2);

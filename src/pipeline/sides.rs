@@ -18,7 +18,7 @@
 //!
 //! A crash before the commit leaves files that no table names; after it the next start brings the side table forward.
 //!
-//! Bounds: one probe batch at a time, as a run's.
+//! Bounds: one chunk at a time, as a run's.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -348,8 +348,8 @@ impl Again<'_, '_> {
     fn limits(&self) -> ReadLimits {
         let bounded = |most: u64| usize::try_from(most).unwrap_or(usize::MAX);
         ReadLimits {
-            records_max: bounded(self.memory.probe_records_max()),
-            bytes_max: bounded(self.memory.probe_payload_bytes_max()),
+            records_max: bounded(self.memory.chunk_records_max()),
+            bytes_max: bounded(self.memory.chunk_payload_bytes_max()),
             deadline: Instant::now() + READ_TURN_MAX,
         }
     }

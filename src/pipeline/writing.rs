@@ -15,7 +15,7 @@
 //! tables have few rows and are written by the run itself. Files are closed by the run, which has nothing else to do then.
 //!
 //! Bounds: a write waits until what is with the thread, queued or in work, is no more than `bytes_max`, so that what the next
-//! probe batch may take is what that leaves of decode's share.
+//! chunk may take is what that leaves of decode's share.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -87,9 +87,10 @@ impl Room {
         self.held_bytes.load(Ordering::Relaxed)
     }
 
-    /// Of one task at a time.
-    async fn until_at_most(&self, bytes: u64) {
-        while self.held_bytes() > bytes {
+    /// Of one task at a time. A writer that failed frees no more: its queue is closed, and then what it had in work freed, which
+    /// ends the wait.
+    async fn until_at_most(&self, bytes: u64, queue: &UnboundedSender<Given>) {
+        while self.held_bytes() > bytes && !queue.is_closed() {
             // What was freed since is remembered.
             self.freed.notified().await;
         }
@@ -230,7 +231,7 @@ impl<W: RowWriter> Writing<W> {
         if let Some(Lent { rows: queue, room, bytes_max, .. }) = &self.lent {
             let held = room.hold(rows.get_array_memory_size() as u64);
             if queue.send(Given { rows: rows.clone(), _held: held }).is_ok() {
-                room.until_at_most(*bytes_max).await;
+                room.until_at_most(*bytes_max, queue).await;
                 return Ok(());
             }
         }
@@ -240,7 +241,7 @@ impl<W: RowWriter> Writing<W> {
     /// Waits until no row is with the thread.
     pub(super) async fn settle(&self) {
         if let Some(lent) = &self.lent {
-            lent.room.until_at_most(0).await;
+            lent.room.until_at_most(0, &lent.rows).await;
         }
     }
 
@@ -261,8 +262,10 @@ impl<W: RowWriter> Writing<W> {
         if let Some(lent) = &self.lent {
             lent.is_given_up.store(true, Ordering::Relaxed);
         }
-        // What it failed of is given up, too.
-        let _failed = self.come_home().await.err();
+        if let Err(error) = self.come_home().await {
+            // What it was to write is given up too, but the run may end for another reason, which would hide this one.
+            tracing::warn!(%error, "rows of a dropped batch could not be written");
+        }
         self.home.take()
     }
 }

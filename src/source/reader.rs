@@ -66,8 +66,8 @@ const RANGE_TIME_MAX: Duration = Duration::from_secs(10);
 pub struct ReaderOptions {
     /// Whether headers are copied. Parsing them costs allocations per record.
     pub headers: bool,
-    /// How long a topic partition may be silent, counted while [`Reader::read`] runs; while others are not, it may be a quarter
-    /// of a second longer for each other one of the plan.
+    /// How long a topic partition may be silent, counted while [`Reader::read`] waits for records of any: one that is read
+    /// slower than the broker sends does not count. A quarter of a second longer for each other one of the plan that is not silent.
     pub stall_after: Duration,
     /// Into how many equal parts the memory of the client's queues is divided; this reader takes one. At least 1.
     pub queue_parts: u32,

@@ -13,7 +13,7 @@ use super::{BEGIN_MS, Small};
 
 /// Events of each wave; the second half repeats the ids of the first.
 pub(super) const EVENTS: u64 = 2_400;
-/// So large that a microbatch in the least memory has several probe batches.
+/// So large that a microbatch in the least memory has several chunks.
 pub(super) const PADDING_BYTES: usize = 20_000;
 
 #[derive(Default)]
@@ -83,13 +83,16 @@ pub(super) fn beside(profile: &ProfileReport, stage: Stage) -> f64 {
         .sum()
 }
 
+/// Bounds of a microbatch, and the records that each microbatch of [`large_events`] takes within them.
+pub(super) const CUTS: [(&str, &[u64]); 3] = [
+    ("microbatch.max_records=1100", &[1100, 1100, 200]),
+    ("microbatch.max_bytes=\"24 MiB\"", &[1256, 1144]),
+    ("microbatch.max_records=100000", &[2400]),
+];
+
 #[test]
 fn microbatches_are_cut_where_they_are_without_reading_ahead() {
-    for (cut, consumed) in [
-        ("microbatch.max_records=1100", vec![1100, 1100, 200]),
-        ("microbatch.max_bytes=\"24 MiB\"", vec![1256, 1144]),
-        ("microbatch.max_records=100000", vec![2400]),
-    ] {
+    for (cut, consumed) in CUTS {
         let (alone, both) = (large_events(), large_events());
         let alone_ran = run(&alone, &[cut, "threads=1"], RunOptions::default());
         let both_ran = run(&both, &[cut, "threads=2"], RunOptions::default());
@@ -139,7 +142,7 @@ fn a_batch_that_trips_the_brake_while_the_next_is_read_leaves_nothing() {
     assert_eq!(ran.ended.unwrap().counts.dead_letter, EVENTS);
 }
 
-/// Has the broker refuse one request when the first probe batch was taken.
+/// Has the broker refuse one request when the first chunk was taken.
 struct Refusing<'a>(Option<&'a Broker>);
 
 impl Report for Refusing<'_> {

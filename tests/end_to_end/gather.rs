@@ -3,7 +3,7 @@
 
 use tidemill::pipeline::profile::Stage;
 
-use super::ahead::{EVENTS, PADDING_BYTES, compressing_producer, large_events, run, stage_seconds};
+use super::ahead::{CUTS, EVENTS, PADDING_BYTES, compressing_producer, large_events, run, stage_seconds};
 use super::continuous::{SOON, follow};
 use super::late::SIDE;
 use super::*;
@@ -13,11 +13,7 @@ const TOGETHER: &str = "dedup.max_probe_records=1000000";
 
 #[test]
 fn microbatches_are_cut_where_they_are_without_gathering_and_hold_the_same_rows() {
-    for (cut, consumed) in [
-        ("microbatch.max_records=1100", vec![1100, 1100, 200]),
-        ("microbatch.max_bytes=\"24 MiB\"", vec![1256, 1144]),
-        ("microbatch.max_records=100000", vec![2400]),
-    ] {
+    for (cut, consumed) in CUTS {
         // two threads and one; and a lookup in the middle of a microbatch
         for (together, threads) in [(TOGETHER, 2), (TOGETHER, 1), ("dedup.max_probe_records=600", 2)] {
             let job = large_events();

@@ -593,7 +593,8 @@ fn what_is_not_built_is_refused_by_name_with_what_to_do_instead() {
             "jobs/x.toml:23:7: not built yet: [sink.postgres]; only [sink.iceberg] can be written",
             "jobs/x.toml:24:2: not built yet: [enrich]; join when reading the table",
             "jobs/x.toml:25:2: not built yet: [inputs]; a job reads the topics of [source.kafka] alone",
-            "jobs/x.toml:27:1: not built yet: sizes of probe batches in the job file; they follow from `memory`",
+            "jobs/x.toml:27:1: not built yet: this size of probe batches; their records are bounded by dedup.max_probe_records, their \
+             bytes by `memory`",
         ]
     );
     for (from, to, what) in [
