@@ -180,6 +180,7 @@ class Job:
     maintenance: dict[str, str | int] = field(default_factory=lambda: {"max_snapshots": 1_000_000})
     table_properties: dict[str, str] = field(default_factory=dict)
     decode: dict[str, str] = field(default_factory=dict)
+    dedup: dict[str, str | int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     state_dir: Path | None = None
     s3: dict[str, str] | None = None
@@ -228,6 +229,7 @@ class Job:
             "[dedup]",
             'key = ["event_id"]',
             f"window = {_toml(self.window)}",
+            *_members(self.dedup),
             "[microbatch]",
             *_members(self.microbatch),
             "[sink.iceberg]",

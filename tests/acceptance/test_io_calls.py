@@ -75,7 +75,19 @@ def a_recovery(place: Corner) -> Scene:
     return Scene(scene.job, scene.truth)
 
 
-SCENES = (three_microbatches, a_recovery)
+def rows_that_wait(place: Corner) -> Scene:
+    """Microbatches of several chunks whose keys are looked up together, while the rows wait in a file without a name. A few
+    large records fill a chunk."""
+    topic = place.topic()
+    feed = place.feed(topic)
+    for first in range(0, 3 * 60 if ALL else 10 * 60, 60):
+        feed.send(*(event(first + number, padding="x" * 600_000 * (number % 2)) for number in range(40)))
+        feed.send(*(event(first + number) for number in range(20, 60)))
+    job = place.job(topic, microbatch={"max_records": 80}, max_ratio=0.5, memory="256 MiB", dedup={"max_probe_records": 1_000})
+    return Scene(job, place.truth(topic))
+
+
+SCENES = (three_microbatches, a_recovery, rows_that_wait)
 # Below the job's folder, what is struck.
 PLACES = {"files": ("state", "warehouse"), "catalog": ("catalog.db",)}
 # A catalog that stays full is asked again for two minutes, as any that does not say yes: once for every call is too long.
@@ -150,6 +162,7 @@ def test_a_failed_call_ends_with_a_named_stop_and_the_next_run_goes_on(
     striker = Shim(shim, build(place), PLACES[where], place.folder / "calls")
     kinds = striker.calls()
     assert {"open", "write", "sync"} <= set(kinds), Counter(kinds)
+    assert (".waiting" in striker.trace.read_text()) == (build is rows_that_wait and where == "files")
     struck: Counter[str] = Counter()
     striker.scene.restore()
     for number, fault in cases(kinds, where, random.Random(SEED)):
