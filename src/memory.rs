@@ -23,6 +23,9 @@ const ROWS_BESIDE_PART: u64 = 3;
 /// Bytes that a row takes while it waits on local disk for its verdict: probe 16, bucket 4, place in the order 4, fate and
 /// verdict a byte each, rounded up.
 const GATHERED_ROW_BYTES: u64 = 28;
+/// Most bytes that a key of a microbatch takes, gathered or pending: a pending one 16, and as much again while lists of them are
+/// merged as they come.
+const MICROBATCH_KEY_BYTES: u64 = 32;
 /// Most keys of one lookup, whatever the memory: a place among them takes 32 bits.
 const GATHERED_KEYS_MAX: u64 = 1 << 31;
 /// A chunk of less than such a part of the largest one is not read ahead: each has its cost.
@@ -45,8 +48,10 @@ pub struct MemoryPlan {
     /// Arrow columns and dead letters of a chunk: of one in work, one that is read meanwhile, and those before it whose rows
     /// are still with their writer.
     pub decode: u64,
-    /// Pinned filters, pages, and in half of it keys of the open microbatch, pending or gathered.
+    /// Pinned filters, pages, and keys of the open microbatch.
     pub dedup: u64,
+    /// Of dedup's share, those keys, pending or gathered: half of it, or what a microbatch can have.
+    pub keys: u64,
     /// Open data files.
     pub writer: u64,
 }
@@ -71,7 +76,18 @@ impl MemoryPlan {
         let rest = total - PROGRAM_BYTES;
         let (client_queue, records, decode, dedup) = (rest / 6, rest / 16, rest / 4, rest * 3 / 10);
         let writer = rest - client_queue - records - decode - dedup;
-        Ok(Self { total, program: PROGRAM_BYTES, client_queue, records, decode, dedup, writer })
+        let keys = dedup / 2;
+        Ok(Self { total, program: PROGRAM_BYTES, client_queue, records, decode, dedup, keys, writer })
+    }
+
+    /// The same where no microbatch has more records: what their keys never take is left to lookups.
+    pub fn for_microbatches_of(self, records_max: u64) -> Self {
+        Self { keys: (self.dedup / 2).min(records_max.saturating_mul(MICROBATCH_KEY_BYTES)), ..self }
+    }
+
+    /// The same for keys that come from a table, as many at once as there is room for.
+    pub fn for_keys_of_tables(self) -> Self {
+        self.for_microbatches_of(u64::MAX)
     }
 
     /// Most payload of one chunk: decoded columns and letters take up to four times the bytes they came from.
@@ -136,12 +152,12 @@ impl MemoryPlan {
     /// take as much again, in the share of the writer, whose files are closed then, and that of rows that wait, of which there
     /// are none.
     pub fn pending_bytes_max(&self) -> u64 {
-        self.dedup / 2
+        self.keys
     }
 
     /// Dedup's share without the open microbatch's keys and without loans.
     pub fn dedup_lookup_bytes(&self) -> u64 {
-        self.dedup / 2 - self.loan_bytes()
+        self.dedup - self.keys - self.loan_bytes()
     }
 
     /// Keys that are sorted while the state is made from the table: no record, no letter and no data file is held then,
@@ -192,6 +208,19 @@ mod tests {
                 plan.program + plan.client_queue + plan.records + plan.decode + plan.dedup + plan.writer;
             assert_eq!(sum, total);
         }
+    }
+
+    #[test]
+    fn what_the_keys_of_small_microbatches_do_not_take_is_of_lookups() {
+        let plan = MemoryPlan::divide(1 << 30).unwrap();
+        let small = plan.for_microbatches_of(1_000_000);
+        assert_eq!(small.pending_bytes_max(), 1_000_000 * MICROBATCH_KEY_BYTES);
+        assert_eq!(small.pending_bytes_max() + small.dedup_lookup_bytes() + small.loan_bytes(), small.dedup);
+        const { assert!(MICROBATCH_KEY_BYTES >= GATHERED_ROW_BYTES) };
+        const { assert!(MICROBATCH_KEY_BYTES >= 2 * crate::dedup::PENDING_KEY_BYTES) };
+        assert!(small.gathered_keys_max(0) >= 1_000_000);
+        assert_eq!(plan.for_microbatches_of(u64::MAX), plan);
+        assert_eq!(small.for_keys_of_tables(), plan);
     }
 
     #[test]

@@ -139,7 +139,7 @@ pub fn plan_memory(loaded: &LoadedJob) -> Result<MemoryPlan, Stop> {
             ),
         ));
     }
-    Ok(plan)
+    Ok(plan.for_microbatches_of(loaded.job.microbatch.records_max))
 }
 
 /// Drains a job's topics to the end offsets frozen now, or follows them until asked to end.

@@ -66,7 +66,7 @@ TYPES = "list_extract(['generated', 'sent', 'delivered', 'clicked'], 1 + n % 4)"
 class Stream:
     """Events of a topic: in each hundred, so many repeat a row of the table or an event of shortly before.
 
-    Without a table, far repeats are of any event before. Times of new events follow each other, a hundred in a millisecond,
+    Without a table, far repeats are of any new event before. Times of new events follow each other, a hundred in a millisecond,
     or are spread evenly over `span_ms`; with `open_days` they are of any of so many days, in no order. One in `large_every`
     events carries `large_bytes` more in a column: of noise, or of one letter.
     """
@@ -124,11 +124,13 @@ def fill_table(catalog: Catalog, name: str, stream: Stream) -> None:
 def numbers_sql(stream: Stream, first: int, last: int) -> str:
     """The number n behind each event i of [first, last), and its event time."""
     far, near = stream.far_percent, stream.near_percent
-    # of the table, or of the events before this hundred
-    repeated = stream.table_keys or "greatest(i - i % 100, 1)"
+    # of the table, or of the new events before this hundred
+    before = "(hash(i) % greatest(i - i % 100, 1))::BIGINT"
+    new = f"{before} - {before} % 100 + {far + near} + {before} % {100 - far - near}"
+    far_one = f"(hash(i) % {stream.table_keys})::BIGINT" if stream.table_keys else new
     return f"""
         SELECT i, CASE
-            WHEN i % 100 < {far} AND ({stream.table_keys} > 0 OR i >= 1000) THEN (hash(i) % {repeated})::BIGINT
+            WHEN i % 100 < {far} AND ({stream.table_keys} > 0 OR i >= 1000) THEN {far_one}
             WHEN i % 100 < {far + near} AND i >= 1000 THEN {stream.table_keys} + (i - 1 - i % 100) - (hash(i) % 800)::BIGINT
             ELSE {stream.table_keys} + i END AS n
         FROM range({first}, {last}) AS events(i)"""

@@ -54,7 +54,8 @@ def loads(share: float) -> dict[str, Load]:
     """All loads, with such a share of their events."""
 
     def stream(count: float, begin_ms: int, **more: Any) -> events.Stream:
-        return events.Stream(max(int(count * share), 1000), 0, begin_ms, far_percent=0, near_percent=6, **more)
+        repeats = {"far_percent": 0, "near_percent": 6}
+        return events.Stream(max(int(count * share), 1000), 0, begin_ms, **(repeats | more))
 
     begin_ms, large = days_ago(), {"job": {"decode": {"max_record": "6 MiB"}}}
     # 16,000 of one letter beside 300 bytes of which the ids are noise: compressed about two hundredfold
@@ -69,6 +70,10 @@ def loads(share: float) -> dict[str, Load]:
         # record batches that are full, of more topic partitions than memory has room for one of each
         "zstd_partitions": Load(
             stream(2e5, begin_ms, **letters), partitions=256, compression="zstd", linger_ms=2000, has_slow_commits=True
+        ),
+        # as many looked up together as memory holds, of which few are new
+        "repeats": Load(
+            stream(1e7, begin_ms, far_percent=80, near_percent=0), job={"dedup": {"max_probe_records": 10_000_000}}
         ),
         "days": Load(days, job={"window": "410 days"}),
     }

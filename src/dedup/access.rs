@@ -7,7 +7,7 @@
 //! | pages | a page for each probe | few probes: each would touch a filter page of its own |
 //!
 //! Costs are seconds of the device ([`Device::seconds`]) and of a core, as if they did not overlap. A key that stands in
-//! the section costs its page behind a filter too; [`HIT_SHARE`] says how many are taken to.
+//! the section costs its page behind a filter too; [`HIT_SHARE`] says how many are taken to stand in any.
 
 use std::path::Path;
 
@@ -29,8 +29,14 @@ use crate::job::Repeats;
 const FILTER_PROBE_SECONDS: f64 = 6e-9;
 const PAGE_PROBE_SECONDS: f64 = 300e-9;
 
-/// Share of the probes that a section is taken to hold: repeats of any age among notification events.
+/// Share of the probes that the sections which they go through are taken to hold, each as many as its part of their keys:
+/// repeats of any age among notification events.
 const HIT_SHARE: f64 = 0.02;
+
+/// Share of the probes that a section is taken to hold, of those that go through sections of so many keys.
+fn hit_share(section: &Section, keys_probed: u64) -> f64 {
+    HIT_SHARE * section.tally.keys as f64 / keys_probed.max(1) as f64
+}
 
 /// A way through a section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -61,14 +67,14 @@ struct Ways {
 }
 
 impl Ways {
-    fn of(section: &Section, pinned: &Pinned, probes: u64, device: &Device) -> Self {
+    fn of(section: &Section, pinned: &Pinned, probes: u64, keys_probed: u64, device: &Device) -> Self {
         let probes = probes as f64;
         let filter_bytes = section.filter.bytes().unwrap_or_default() as f64;
         let page_bytes = section.pages as f64 * PAGE_BYTES as f64;
         let missing = 1.0 - pinned.cached_share(section.pages);
         let pages = |probes: f64| device.seconds(probes * missing, page_bytes) + probes * PAGE_PROBE_SECONDS;
         let rate = section.filter.false_positive_rate(section.tally.keys);
-        let passed = probes * FILTER_PROBE_SECONDS + pages(probes * (rate + HIT_SHARE));
+        let passed = probes * FILTER_PROBE_SECONDS + pages(probes * (rate + hit_share(section, keys_probed)));
 
         let stream = device.seconds(probes, filter_bytes) + passed;
         let straight = pages(probes);
@@ -89,14 +95,27 @@ impl Ways {
     }
 }
 
-/// What `probes` probes spread evenly over a section cost by the cheaper way that is open to them.
-pub(super) fn seconds(section: &Section, pinned: &Pinned, probes: u64, device: &Device) -> f64 {
-    Ways::of(section, pinned, probes, device).settled().seconds
+/// What `probes` probes spread evenly over a section cost by the cheaper way that is open to them. `keys_probed` are those of
+/// all sections that they go through.
+pub(super) fn seconds(
+    section: &Section,
+    pinned: &Pinned,
+    probes: u64,
+    keys_probed: u64,
+    device: &Device,
+) -> f64 {
+    Ways::of(section, pinned, probes, keys_probed, device).settled().seconds
 }
 
-/// Chooses for `probes` probes spread evenly over a section.
-pub(super) fn choose(section: &Section, pinned: &Pinned, probes: u64, device: &Device) -> Choice {
-    let ways = Ways::of(section, pinned, probes, device);
+/// Chooses for `probes` probes spread evenly over a section. `keys_probed` are those of all sections that they go through.
+pub(super) fn choose(
+    section: &Section,
+    pinned: &Pinned,
+    probes: u64,
+    keys_probed: u64,
+    device: &Device,
+) -> Choice {
+    let ways = Ways::of(section, pinned, probes, keys_probed, device);
     if !pinned.wants_filter() {
         return ways.settled();
     }
@@ -184,18 +203,26 @@ pub fn access_plan(
     let newest = opened.sections.keys().next_back().copied();
     let older = opened.sections.len().saturating_sub(1).max(1) as f64;
     let mut sections = Vec::new();
+    let keys_of = |places: &[(usize, usize)]| -> u64 {
+        places.iter().map(|(segment, section)| opened.segments[*segment].sections[*section].tally.keys).sum()
+    };
+    let keys_of_all = opened.sections.values().map(|places| keys_of(places)).sum();
     for (bucket, places) in opened.sections.iter().rev() {
         let share = match spec.repeats {
             Repeats::AnyTime => 1.0,
             Repeats::SameTime if Some(*bucket) == newest => 1.0 - OLD_SHARE,
             Repeats::SameTime => OLD_SHARE / older,
         };
+        let keys_probed = match spec.repeats {
+            Repeats::AnyTime => keys_of_all,
+            Repeats::SameTime => keys_of(places),
+        };
         for (segment_index, section_index) in places {
             let segment = &opened.segments[*segment_index];
             let section = &segment.sections[*section_index];
             let pinned = pins.of(segment, *section_index);
             let probes = (probes as f64 * share).round() as u64;
-            let choice = Ways::of(section, &pinned, probes, &device).settled();
+            let choice = Ways::of(section, &pinned, probes, keys_probed, &device).settled();
             let filter_bytes = section.filter.bytes().unwrap_or_default();
             sections.push(SectionAccess {
                 bucket_from: bucket.from,
@@ -279,11 +306,11 @@ mod tests {
         let section = &opened.segments[0].sections[0];
         let device = Device { reads_per_second: 60_000.0, bytes_per_second: 1e9 };
         let mut batches = 0;
-        while !choose(section, &pinned, 10, &device).load {
+        while !choose(section, &pinned, 10, KEYS, &device).load {
             batches += 1;
             assert!(batches < 1_000, "ten probes a batch spare some milliseconds in the end");
         }
         assert!(batches > 0, "ten probes alone do not pay for a filter");
-        assert!(choose(section, &Pinned::default(), 10, &device).access != Access::Filter);
+        assert!(choose(section, &Pinned::default(), 10, KEYS, &device).access != Access::Filter);
     }
 }

@@ -173,14 +173,12 @@ impl Lookup {
         let mut ways = Vec::with_capacity(groups.len());
         let mut probes = Vec::with_capacity(groups.len());
         for group in groups {
-            let paths: Vec<Path<'_>> = group
-                .targets
-                .iter()
-                .map(|target| {
-                    let count = group.probes.len() as u64;
-                    Path { target, choice: access::choose(target.section(), &target.pinned, count, &device) }
-                })
-                .collect();
+            let count = group.probes.len() as u64;
+            let keys = group.targets.iter().map(|target| target.section().tally.keys).sum();
+            let choose =
+                |target: &Target| access::choose(target.section(), &target.pinned, count, keys, &device);
+            let paths: Vec<Path<'_>> =
+                group.targets.iter().map(|target| Path { target, choice: choose(target) }).collect();
             ways.push(paths);
             probes.push(&mut *group.probes);
         }

@@ -335,11 +335,14 @@ impl Store {
         let newest = generation.sections.keys().next_back().copied();
         let bucket = newest.filter(|_| self.spec.repeats == Repeats::SameTime);
         let device = self.lookup.device();
+        let sections = self.window.sections(generation, bucket);
+        let keys_probed =
+            sections.iter().map(|(segment, section_index)| segment.sections[*section_index].tally.keys).sum();
         let seconds = |(segment, section_index): (Arc<Segment>, usize)| {
             let pinned = self.pins.of(&segment, section_index);
-            access::seconds(&segment.sections[section_index], &pinned, keys, &device)
+            access::seconds(&segment.sections[section_index], &pinned, keys, keys_probed, &device)
         };
-        Ok(self.window.sections(generation, bucket).into_iter().map(seconds).sum())
+        Ok(sections.into_iter().map(seconds).sum())
     }
 
     /// Bytes per second of the device that the state lies on, one after another.

@@ -17,9 +17,9 @@
 //! 3. An error that the reader met is the run's, after what the reader gave before it: the next read of the lane gives it, without
 //!    asking the broker again, and until then nothing is read ahead.
 //!
-//! Only the live lane is read ahead, and only while no backfill is active: whose turn is next is known then. Where a state that
-//! does not fit in memory is looked up chunk by chunk these are as large as memory allows, so that nothing is read beside them; a
-//! commit has room for it. Where rows are laid aside (`gather`) chunks are small.
+//! Only the live lane is read ahead, and only while no backfill is active: whose turn is next is known then. Where each
+//! lookup of a state that does not fit in memory has its price chunks are as large as memory allows, so that nothing is read
+//! beside them (`gather`); a commit has room for it.
 //!
 //! Bounds: one chunk, so small that it fits into what the one in work, and rows that are with their writer, leave of
 //! decode's share whatever its records are; its bytes lie in the buffer of the one before. It delays the run by a turn of the
@@ -236,7 +236,7 @@ fn is_soon_full(chunk: &RecordChunk, before: (usize, usize), limits: ReadLimits)
 impl Session<'_> {
     /// Whether chunks are read beside the one in work.
     fn reads_beside_work(&self) -> bool {
-        self.ahead.helper.is_some() && (!self.state.store.is_larger_than_memory() || self.gathering.is_on())
+        self.ahead.helper.is_some() && self.gathering.reads_beside_work()
     }
 
     /// Bounds of a chunk that the run reads itself, of a microbatch that may take so much more: it fits into what rows that

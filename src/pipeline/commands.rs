@@ -78,7 +78,7 @@ impl<'a> AtWork<'a> {
         prepared: Prepared<'a>,
         starts: &BTreeMap<TopicPartition, NextOffset>,
     ) -> Result<Self, Stop> {
-        let memory = prepared.memory;
+        let memory = prepared.memory.for_keys_of_tables();
         let (mut owner, _, decoder) = prepared.take(starts).await?;
         match KeyMaker::new(&decoder.schema(), &owner.world.loaded.job, owner.record.dedup.seed) {
             Ok(keys) => Ok(Self { owner, keys, memory, begun: Instant::now() }),

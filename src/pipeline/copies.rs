@@ -630,6 +630,7 @@ async fn bring_up(
     let begun = Instant::now();
     let (record, folder) = (owner.record.clone(), state_folder(&owner.world.loaded.job));
     let of_state = |error| stops::state(&folder, error);
+    let memory = &memory.for_keys_of_tables();
     let mut store = Store::open(&folder, store_spec(&record), Some(earlier), memory.dedup_lookup_bytes())
         .map_err(of_state)?;
     let since = record.dedup.complete_since.unwrap_or(EventTimeMs(i64::MIN));

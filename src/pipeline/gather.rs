@@ -7,8 +7,9 @@
 //! Flow: judged chunk -> keys gathered, rows laid aside -> ... -> one lookup -> rows taken back in their order, and written
 //!
 //! How many are gathered is planned for each microbatch ([`Session::plan_gathering`]): what the job says, or as many as make a
-//! key cheapest, the lookup and the way of its row over the disk together. Where the state fits in memory that is one chunk,
-//! and nothing is laid aside.
+//! key cheapest, the lookup and the way of its row over the disk together. Where memory holds the state that is one chunk, and
+//! nothing is laid aside; where it holds the filters, mostly too: what is read then is a page for each repeat, wherever it is
+//! looked up.
 //!
 //! Invariants
 //! 1. Of equal keys that are looked up together the one at the lowest place wins (R2): a topic partition is the rank of a key,
@@ -43,6 +44,9 @@ const ROW_BYTES_DEFAULT: f64 = 400.0;
 const ASIDE_BYTES_PER_SECOND: f64 = 500e6;
 /// Share of their bytes that columns take on disk.
 const ASIDE_COMPRESSED: f64 = 0.6;
+/// Bytes of payload that a core takes over from the client and decodes in a second (`benches/run decode`, and the profile of
+/// `benches/run end_to_end`).
+const READ_BYTES_PER_SECOND: f64 = 500e6;
 
 /// Rows that wait.
 pub(super) struct Gathered {
@@ -64,10 +68,53 @@ struct Part {
     asked: Vec<u32>,
 }
 
+/// How the keys of a microbatch are looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lookups {
+    /// Those of each chunk, half of the memory of chunks, while the next one is read.
+    OfChunks,
+    /// Those of each chunk, as large as memory allows: nothing is read meanwhile.
+    OfLargestChunks,
+    /// So many together, while their rows wait on local disk.
+    Together(u64),
+}
+
+/// What a key costs beside its lookup, in seconds of a core or the device.
+struct KeyCosts {
+    /// The way of its row to the disk and back.
+    aside: f64,
+    /// Fetch and decode, where nothing is done beside it.
+    read: f64,
+}
+
+impl Lookups {
+    /// The plan of which a key costs least, where a largest chunk has `chunk` keys and up to `most` may be gathered.
+    /// `lookup_seconds` of so many keys are those of one lookup.
+    fn cheapest<E>(
+        chunk: u64,
+        most: u64,
+        costs: &KeyCosts,
+        mut lookup_seconds: impl FnMut(u64) -> Result<f64, E>,
+    ) -> Result<Self, E> {
+        let half = (chunk / 2).max(1);
+        let doubled = std::iter::successors(chunk.checked_mul(2), |keys| keys.checked_mul(2));
+        let gathered = doubled.take_while(|keys| *keys < most).chain((most > chunk).then_some(most));
+        let together = gathered.map(|keys| (Self::Together(keys), keys, costs.aside));
+        let of_chunks = [(Self::OfChunks, half, 0.0), (Self::OfLargestChunks, chunk, costs.read)];
+        let mut best = (Self::OfChunks, f64::INFINITY);
+        for (plan, keys, beside) in of_chunks.into_iter().chain(together) {
+            let seconds = lookup_seconds(keys)? / keys as f64 + beside;
+            if seconds < best.1 {
+                best = (plan, seconds);
+            }
+        }
+        Ok(best.0)
+    }
+}
+
 /// What a session knows for its plan of the next lookup.
 pub(super) struct Gathering {
-    /// Most keys that are looked up together; 0 = those of each chunk.
-    keys_max: u64,
+    lookups: Lookups,
     /// Of the last chunk, per row: bytes of payload, and of columns.
     payload_bytes: f64,
     row_bytes: f64,
@@ -75,14 +122,28 @@ pub(super) struct Gathering {
 
 impl Default for Gathering {
     fn default() -> Self {
-        Self { keys_max: 0, payload_bytes: ROW_BYTES_DEFAULT, row_bytes: ROW_BYTES_DEFAULT }
+        let (payload_bytes, row_bytes) = (ROW_BYTES_DEFAULT, ROW_BYTES_DEFAULT);
+        Self { lookups: Lookups::OfChunks, payload_bytes, row_bytes }
     }
 }
 
 impl Gathering {
     /// Whether rows are laid aside.
     pub(super) fn is_on(&self) -> bool {
-        self.keys_max > 0
+        self.keys_max() > 0
+    }
+
+    /// Whether the plan leaves room for a chunk that is read beside the one in work.
+    pub(super) fn reads_beside_work(&self) -> bool {
+        self.lookups != Lookups::OfLargestChunks
+    }
+
+    /// Most keys that are gathered; 0 = those of each chunk are looked up.
+    fn keys_max(&self) -> u64 {
+        match self.lookups {
+            Lookups::OfChunks | Lookups::OfLargestChunks => 0,
+            Lookups::Together(keys) => keys,
+        }
     }
 
     /// Notes how large rows are.
@@ -94,10 +155,13 @@ impl Gathering {
         }
     }
 
-    /// Seconds that the way of a row to the disk and back takes, of a core and of a device that moves so many bytes in one.
-    fn aside_seconds(&self, device_bytes_per_second: f64) -> f64 {
-        self.row_bytes / ASIDE_BYTES_PER_SECOND
-            + 2.0 * ASIDE_COMPRESSED * self.row_bytes / device_bytes_per_second
+    /// What a key costs where the device moves so many bytes in a second.
+    fn costs(&self, device_bytes_per_second: f64) -> KeyCosts {
+        let moved = 2.0 * ASIDE_COMPRESSED * self.row_bytes / device_bytes_per_second;
+        KeyCosts {
+            aside: self.row_bytes / ASIDE_BYTES_PER_SECOND + moved,
+            read: self.payload_bytes / READ_BYTES_PER_SECOND,
+        }
     }
 }
 
@@ -127,35 +191,30 @@ impl Session<'_> {
     /// Decides how many keys of the next microbatch are looked up together.
     pub(super) fn plan_gathering(&mut self) -> Result<(), Stop> {
         let most = self.memory.gathered_keys_max(self.state.store.pending_bytes());
-        let keys_max = match self.owner.world.loaded.job.dedup.probe_records_max {
-            Some(said) => said.get().min(most),
-            None if self.state.store.is_larger_than_memory() => self.cheapest(most)?,
-            None => 0,
+        let most = most.min(self.owner.world.loaded.job.microbatch.records_max);
+        let lookups = match self.owner.world.loaded.job.dedup.probe_records_max {
+            Some(said) => Lookups::Together(said.get().min(most)),
+            None if self.state.store.is_larger_than_memory() => self.cheapest_lookups(most)?,
+            None => Lookups::OfChunks,
         };
-        if keys_max != self.gathering.keys_max {
-            tracing::debug!(keys = keys_max, "so many keys are looked up together, or those of a chunk");
+        if lookups != self.gathering.lookups {
+            tracing::debug!(?lookups, "keys are looked up in another way");
         }
-        self.gathering.keys_max = keys_max;
+        self.gathering.lookups = lookups;
         Ok(())
     }
 
-    /// The number of keys, up to `most`, at which one costs least; 0 if that is those of a chunk.
-    fn cheapest(&mut self, most: u64) -> Result<u64, Stop> {
+    fn cheapest_lookups(&mut self, most: u64) -> Result<Lookups, Stop> {
         let chunk = self.memory.chunk_payload_bytes_max() as f64 / self.gathering.payload_bytes;
         let chunk = (chunk as u64).clamp(1, self.memory.chunk_records_max());
-        let mut best = (f64::INFINITY, chunk);
-        let doubled = std::iter::successors(Some(chunk), |keys| keys.checked_mul(2));
-        let tried: Vec<u64> = doubled.take_while(|keys| *keys < most).chain([most]).collect();
-        for keys in tried {
-            let lookup = self.state.store.lookup_seconds(keys).map_err(|error| self.state.failed(error))?;
-            let device = self.state.store.device_bytes_per_second();
-            let aside = if keys > chunk { self.gathering.aside_seconds(device) } else { 0.0 };
-            let seconds = lookup / keys as f64 + aside;
-            if seconds < best.0 {
-                best = (seconds, keys);
-            }
-        }
-        Ok(if best.1 > chunk { best.1 } else { 0 })
+        let store = &mut self.state.store;
+        // The device is measured by the first lookup that is reckoned.
+        let measured = store.lookup_seconds(chunk).map(|_| store.device_bytes_per_second());
+        let cheapest = measured.and_then(|device| {
+            let costs = self.gathering.costs(device);
+            Lookups::cheapest(chunk, most, &costs, |keys| store.lookup_seconds(keys))
+        });
+        cheapest.map_err(|error| self.state.failed(error))
     }
 
     /// Bytes of decode's share that keys which wait have taken.
@@ -205,7 +264,7 @@ impl Session<'_> {
                     error,
                     "rows can not wait on local disk; fewer are looked up together, which is slower"
                 );
-                self.gathering.keys_max = 0;
+                self.gathering.lookups = Lookups::OfChunks;
                 open.gathered.push(None, judged, asked_rows);
                 self.settle(open, Some(rows)).await
             }
@@ -226,7 +285,7 @@ impl Session<'_> {
     /// Whether a lookup waits for another chunk, about as large as one of so many keys.
     pub(super) fn waits_for_more(&self, open: &Open, chunk_keys: u64) -> bool {
         let keys = open.gathered.keys.len() as u64;
-        keys + chunk_keys <= self.gathering.keys_max
+        keys + chunk_keys <= self.gathering.keys_max()
             && self.gathered_beyond(open) < self.memory.gathered_bytes_max()
             && self.next_chunk_limits(open).is_some()
     }
@@ -343,4 +402,40 @@ fn with_metadata(rows: &RecordBatch, metadata: Vec<ArrayRef>) -> Result<RecordBa
     let mut columns = rows.columns().to_vec();
     columns.extend(metadata);
     RecordBatch::try_new(Arc::new(arrow::datatypes::Schema::new(fields)), columns).map_err(unexpected_arrow)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHUNK: u64 = 100_000;
+    const COSTS: KeyCosts = KeyCosts { aside: 1e-6, read: 0.6e-6 };
+
+    fn cheapest(most: u64, seconds: impl Fn(f64) -> f64) -> Lookups {
+        let lookup = |keys: u64| Ok::<_, std::convert::Infallible>(seconds(keys as f64));
+        Lookups::cheapest(CHUNK, most, &COSTS, lookup).unwrap()
+    }
+
+    #[test]
+    fn where_a_key_costs_the_same_in_any_lookup_none_waits_and_the_next_chunk_is_read_meanwhile() {
+        assert_eq!(cheapest(10_000_000, |keys| keys * 5e-6), Lookups::OfChunks);
+    }
+
+    #[test]
+    fn where_each_lookup_reads_the_filters_keys_wait_for_as_many_others_as_may_be() {
+        assert_eq!(cheapest(1_500_000, |keys| 0.5 + keys * 1e-6), Lookups::Together(1_500_000));
+        assert_eq!(cheapest(CHUNK, |keys| 0.5 + keys * 1e-6), Lookups::OfLargestChunks);
+    }
+
+    #[test]
+    fn where_larger_lookups_bring_less_than_the_way_over_the_disk_costs_chunks_are_as_large_as_may_be() {
+        // of what a lookup costs a key of half a chunk has 1.4 microseconds, of a whole one 0.7, of all that may wait 0.35
+        assert_eq!(cheapest(2 * CHUNK, |keys| 0.07 + keys * 1e-6), Lookups::OfLargestChunks);
+    }
+
+    #[test]
+    fn the_cheapest_number_is_taken_not_the_largest() {
+        let dearer_beyond = |keys: f64| if keys <= 400_000.0 { 1.0 } else { 1.0 + keys * 1e-3 };
+        assert_eq!(cheapest(10_000_000, dearer_beyond), Lookups::Together(400_000));
+    }
 }
